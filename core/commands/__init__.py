@@ -1,0 +1,1 @@
+"""Commands of `tightfit` that are not pipeline stages."""

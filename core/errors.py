@@ -1,0 +1,53 @@
+"""Errors that are the user's to fix. The command line prints them without a traceback and exits with their code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TightfitError(Exception):
+    """A message for the user. `problems` are printed all at once, one line each."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str], title: str = "") -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.title = title
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        if not self.title and len(self.problems) == 1:
+            return self.problems[0]
+        title = self.title or f"{len(self.problems)} problems"
+        return "\n".join([f"{title}:", *(f"  - {problem}" for problem in self.problems)])
+
+
+class UserError(TightfitError):
+    """Bad params, missing or broken input, or a machine that cannot run what was asked for."""
+
+    exit_code = 2
+
+
+class PluginError(TightfitError):
+    """A plugin that does not load, or strategies that do not work together."""
+
+    exit_code = 3
+
+
+class MediaError(TightfitError):
+    """The disk is full, read-only or failing."""
+
+    exit_code = 4
+
+
+class Stopped(TightfitError):
+    """The run was interrupted or another one holds its lock. Never 0: DVC records what exits 0 as finished."""
+
+    exit_code = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(str(word), list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
