@@ -1,0 +1,288 @@
+"""Can this machine run what params ask for? Facts, plan, verdict; before any data is touched.
+
+torch is imported only when the machine has changed since the last look: what it said is kept in reports/env.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import TightfitError, UserError
+from core.files import write_json, write_text
+from core.hardware import read_facts
+from core.hookspecs import GIB, Facts, Plan
+from core.plan import plan_json, resolve
+from core.plugins import Registry
+from core.project import Project
+
+ENV_FORMAT = 1
+TORCH_HELP = "README, 'When torch came without CUDA'"
+
+
+def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
+    """Look, decide, print, and write reports/plan.json, inputs.json and env.json.
+
+    Raises UserError or PluginError with every problem and its remedy; plan.json is then not written.
+    """
+    facts = read_facts()
+    known = _last_look(project)
+    torch_says = _torch_says(facts, known)
+    for line in machine_lines(project, facts, torch_says):
+        echo(line)
+
+    problems: list[TightfitError] = []
+    plan = None
+    try:
+        params = project.params
+        registry = Registry.load(project)
+        plan = resolve(params, facts, registry)
+        for line in plan_lines(plan):
+            echo(line)
+        stop = cannot_run(plan, facts, torch_says)
+        if stop:
+            raise UserError(
+                stop, title=f"this machine cannot run profile {plan.profile.name!r}" if len(stop) > 1 else ""
+            )
+    except TightfitError as error:
+        problems.append(error)
+
+    hashes = known.get("hashes", {})
+    inputs = None
+    if not any("params.yaml" in str(p) for p in problems):
+        from core.corpus import describe_inputs
+
+        try:
+            inputs = describe_inputs(project, hashes)
+        except TightfitError as error:
+            problems.append(error)
+
+    write_json(
+        project.env,
+        {
+            "format": ENV_FORMAT,
+            "key": _key(facts),
+            "torch": torch_says,
+            "hashes": hashes,
+            "facts": _facts_dict(facts),
+        },
+    )
+    if problems:
+        raise _joined(problems)
+    assert plan is not None
+    write_json(project.inputs, inputs)
+    write_text(project.plan, plan_json(plan, registry))
+    echo(
+        f"verdict      ready: {plan.profile.name}, {plan['dtype']}, {plan.model.n_params / 1e6:.1f}M parameters"
+    )
+    return plan
+
+
+def _joined(problems: list[TightfitError]) -> TightfitError:
+    """All problems as one error, with the exit code of the first."""
+    if len(problems) == 1:
+        return problems[0]
+    return type(problems[0])(
+        [str(p).replace("\n", "\n    ") for p in problems], title="this run cannot start"
+    )
+
+
+def _last_look(project: Project) -> dict[str, Any]:
+    try:
+        env = json.loads(project.env.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return env if isinstance(env, dict) and env.get("format") == ENV_FORMAT else {}
+
+
+def _key(facts: Facts) -> list[Any]:
+    """What torch's answers depend on."""
+    return [
+        sys.executable,
+        platform.python_version(),
+        facts.torch_version,
+        facts.torch_cuda,
+        [[g.name, g.vram_bytes] for g in facts.gpus],
+        _driver(),
+        facts.environ.get("CUDA_VISIBLE_DEVICES"),
+    ]
+
+
+def _torch_says(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
+    """torch's own view: from the last look where nothing has changed, else by importing it."""
+    if known.get("key") == _key(facts):
+        return known["torch"]
+    if not facts.torch_version:
+        return {"cuda_available": False, "arch_list": [], "cards": [], "error": "torch is not installed"}
+    return probe_torch()
+
+
+def probe_torch() -> dict[str, Any]:
+    """Import torch and ask what it can do with the cards. Its errors are answers too."""
+    try:
+        import torch
+    except Exception as e:  # a broken install raises anything
+        return {"cuda_available": False, "arch_list": [], "cards": [], "error": f"{type(e).__name__}: {e}"}
+    says: dict[str, Any] = {"cuda_available": torch.cuda.is_available(), "cards": [], "error": ""}
+    says["arch_list"] = torch.cuda.get_arch_list() if says["cuda_available"] else []
+    if not says["cuda_available"]:
+        return says
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        says["cards"].append({"name": p.name, "capability": [p.major, p.minor], "vram_bytes": p.total_memory})
+    return says
+
+
+def _driver() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return ""
+    return version if isinstance(version, str) else version.decode()
+
+
+def cannot_run(plan: Plan, facts: Facts, torch_says: dict[str, Any]) -> list[str]:
+    """Why the plan cannot run here, with remedies; empty where it can."""
+    if not facts.torch_version or torch_says["error"]:
+        return [f"torch does not work: {torch_says['error']}; install it again (README)"]
+    if plan.profile.device == "cpu":
+        return []
+    name = plan.profile.name
+    instead = "set hardware.profile to auto or cpu"
+    if not facts.gpus:
+        return [f"hardware.profile: {name} needs an NVIDIA GPU, and the driver shows none here; {instead}"]
+    if not facts.torch_cuda:
+        return [
+            f"hardware.profile: {name} needs CUDA, but torch {facts.torch_version} is a CPU-only build: install one "
+            f"with CUDA ({TORCH_HELP}), or {instead}"
+        ]
+    problems = []
+    if not torch_says["cuda_available"]:
+        problems.append(
+            f"torch {facts.torch_version} is built for CUDA {facts.torch_cuda} but cannot use {facts.gpus[0].name}: "
+            f"update the driver ({_driver() or 'unknown'}), restart, or {instead}"
+        )
+    for gpu in facts.gpus[: plan.num_processes]:
+        if torch_says["arch_list"] and not supports(torch_says["arch_list"], gpu.compute_capability):
+            has = ", ".join(torch_says["arch_list"])
+            problems.append(
+                f"torch {facts.torch_version} has no kernels for {gpu.name} "
+                f"({_capability(gpu.compute_capability)}; it has {has}): install another build ({TORCH_HELP})"
+            )
+        if gpu.compute_capability < plan.profile.compute_capability:
+            problems.append(
+                f"hardware.profile: {name} is for compute capability {_capability(plan.profile.compute_capability)}, "
+                f"{gpu.name} has {_capability(gpu.compute_capability)}; {instead}"
+            )
+        # Linux shows some 3 to 6 % less than nominal; more than that missing is another card.
+        if gpu.vram_bytes < plan.profile.vram_gib * GIB * 0.9:
+            problems.append(
+                f"hardware.profile: {name} has {plan.profile.vram_gib:g} GiB, "
+                f"{gpu.name} {gpu.vram_bytes / GIB:.1f}; {instead}"
+            )
+    if plan.num_processes > len(facts.gpus):
+        problems.append(
+            f"hardware.num_processes: {plan.num_processes}, but the machine has {len(facts.gpus)} GPUs; set it to that"
+        )
+    return problems
+
+
+def supports(arch_list: list[str], capability: tuple[int, int]) -> bool:
+    """A build runs on a card if it has a kernel of the same major and no higher minor version, or PTX to compile.
+
+    CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    for arch in arch_list:
+        kind, _, number = arch.partition("_")
+        digits = "".join(c for c in number if c.isdigit())
+        version = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and version <= capability:
+            return True
+        if kind == "sm" and version[0] == capability[0] and version[1] <= capability[1]:
+            return True
+    return False
+
+
+def _capability(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def machine_lines(project: Project, facts: Facts, torch_says: dict[str, Any]) -> list[str]:
+    """What this machine is; the three figures every guide prints come first."""
+    gpu_names = ", ".join(g.name for g in facts.gpus) or "none"
+    build = f" (built for CUDA {facts.torch_cuda})" if facts.torch_cuda else " (CPU-only build)"
+    lines = [
+        f"torch        {facts.torch_version or 'not installed'}{build if facts.torch_version else ''}",
+        f"CUDA         {'available' if torch_says['cuda_available'] else 'not available'}",
+        f"GPU          {gpu_names}",
+        f"Python       {platform.python_version()} on {platform.system()} {platform.release()}",
+    ]
+    if facts.gpus:
+        lines.append(f"driver       {_driver()}")
+    for i, gpu in enumerate(facts.gpus):
+        free = _free_vram(i)
+        lines.append(
+            f"card {i}       capability {_capability(gpu.compute_capability)}, {gpu.vram_bytes / GIB:.2f} GiB"
+            + (f", {free / GIB:.2f} free" if free else "")
+            + f"; bf16 {_yes(gpu.compute_capability >= (8, 0))}, fp16 {_yes(gpu.compute_capability >= (5, 3))}, "
+            f"flash attention {_yes(gpu.compute_capability >= (8, 0))}"
+        )
+    if torch_says["arch_list"]:
+        lines.append(f"kernels for  {', '.join(torch_says['arch_list'])}")
+    if facts.gpus:
+        expandable = "yes" if facts.os == "linux" else f"no ({facts.os})"
+        lines.append(f"Triton       {_yes('triton' in facts.modules)}; expandable segments {expandable}")
+    room = shutil.disk_usage(project.root)
+    lines += [
+        f"CPU          {facts.cores} cores, bf16 instructions {_yes(facts.cpu_bf16)}, "
+        f"{facts.ram_bytes / GIB:.1f} GiB RAM",
+        f"disk         {room.free / GIB:.1f} of {room.total / GIB:.1f} GiB free",
+    ]
+    return lines
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Which profile and strategies, in order, and why each value is what it is."""
+    lines = [f"profile      {plan.profile.name}: {plan.profile_reason}"]
+    order = " → ".join(s.name for s in plan.active) or "none"
+    lines.append(f"strategies   {order}")
+    lines += [f"  skipped    {name}: {why}" for name, why in plan.skipped.items()]
+    for key, choice in {**plan.values, **plan.env}.items():
+        lines.append(f"  {key} = {choice.value}: {choice.reason} [{choice.by}]")
+    lines += [f"  note       {note}" for note in plan.notes]
+    return lines
+
+
+def _free_vram(index: int) -> int:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).free)
+    except pynvml.NVMLError:
+        return 0
+
+
+def _facts_dict(facts: Facts) -> dict[str, Any]:
+    return {
+        "os": facts.os,
+        "python": platform.python_version(),
+        "torch": facts.torch_version,
+        "cuda_build": facts.torch_cuda,
+        "driver": _driver(),
+        "gpus": [{"name": g.name, "vram_gib": round(g.vram_bytes / GIB, 2)} for g in facts.gpus],
+        "cores": facts.cores,
+        "ram_gib": round(facts.ram_bytes / GIB, 1),
+    }
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,179 @@
+"""What this machine is, without importing torch, and which hardware profile is its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
+
+OPTIONAL_MODULES = ("triton", "bitsandbytes")
+
+# fp32-accumulating tensor FLOP per clock and SM, by compute capability; the products with SM count and boost clock
+# reproduce the whitepapers' 71 TFLOP/s (RTX 3090), 165 (RTX 4090), 312 (A100), 989 (H100) and 65 (T4).
+TENSOR_FLOPS_PER_CLOCK = {(7, 5): 1024, (8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096}
+CUDA_CORES_PER_SM = {(7, 5): 64, (8, 0): 64}  # 128 from 8.6 on
+
+
+def read_facts(environ: dict[str, str] | None = None) -> Facts:
+    """Look at this machine: OS, GPUs (through NVML), torch's build, CPU and memory. torch is not imported."""
+    environ = dict(os.environ if environ is None else environ)
+    return Facts(
+        os=_os_name(),
+        gpus=_visible(_nvml_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
+        torch_version=_version("torch"),
+        torch_cuda=torch_cuda_build(),
+        cores=_cores(),
+        ram_bytes=_ram_bytes(),
+        cpu_bf16=_cpu_multiplies_bf16(),
+        modules=frozenset(m for m in OPTIONAL_MODULES if importlib.util.find_spec(m)),
+        environ=environ,
+    )
+
+
+def _os_name() -> str:
+    if "microsoft" in platform.release().lower():
+        return "wsl"
+    return {"Windows": "windows", "Darwin": "macos"}.get(platform.system(), "linux")
+
+
+def _nvml_gpus() -> list[Gpu]:
+    """Every NVIDIA card the driver knows, or none where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    gpus = []
+    for i in range(pynvml.nvmlDeviceGetCount()):
+        card = pynvml.nvmlDeviceGetHandleByIndex(i)
+
+        def ask(function: Any, *args: Any, card: Any = card) -> Any:
+            try:
+                return function(card, *args)
+            except pynvml.NVMLError:  # laptops and old drivers leave some questions unanswered
+                return 0
+
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(card))
+        cores_per_sm = CUDA_CORES_PER_SM.get(capability, 128)
+        gpus.append(
+            Gpu(
+                name=_text(pynvml.nvmlDeviceGetName(card)),
+                vram_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(card).total),
+                compute_capability=capability,
+                sm_count=ask(pynvml.nvmlDeviceGetNumGpuCores) // cores_per_sm,
+                clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
+                memory_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_MEM),
+                memory_bus_bits=ask(pynvml.nvmlDeviceGetMemoryBusWidth),
+            )
+        )
+    pynvml.nvmlShutdown()
+    return gpus
+
+
+def _visible(gpus: list[Gpu], setting: str | None) -> tuple[Gpu, ...]:
+    """CUDA_VISIBLE_DEVICES by index, as CUDA reads it: up to the first entry that names no card."""
+    if setting is None:
+        return tuple(gpus)
+    chosen = []
+    for entry in setting.split(","):
+        if not entry.strip().isdigit() or int(entry) >= len(gpus):
+            break
+        chosen.append(gpus[int(entry)])
+    return tuple(chosen) if chosen or not setting.startswith(("GPU-", "MIG-")) else tuple(gpus)
+
+
+def torch_cuda_build() -> str | None:
+    """CUDA version of the installed torch build, read from its version.py; None for a CPU build or no torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    source = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", source, re.M)
+    return found[1] if found else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cores() -> int:
+    """Cores this process may use: a container's share, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ram_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """From the CPU's flags on Linux; elsewhere unknown, which counts as no."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", flags))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[HardwareProfile, str]:
+    """Return the profile for `hardware.profile: auto`, and why it was chosen.
+
+    A card that no profile matches gets one derived from its own properties.
+    """
+    gpu = facts.gpu
+    if gpu is None:
+        return profiles["cpu"], "no NVIDIA GPU found"
+    if not facts.torch_cuda:
+        return profiles["cpu"], (
+            f"{gpu.name} is here, but torch {facts.torch_version} is a CPU-only build and cannot use it; "
+            "install one with CUDA (README, 'torch came without CUDA')"
+        )
+    vram_gib = gpu.vram_bytes / GIB
+    matching = [p for p in profiles.values() if p.match and re.search(p.match, gpu.name, re.I)]
+    # A name can cover cards of several sizes (RTX 3050 with 4, 6 and 8 GB): take the profile that is no larger.
+    fitting = [p for p in matching if p.vram_gib * 0.9 <= vram_gib]
+    if fitting:
+        best = max(fitting, key=lambda p: (p.vram_gib, len(p.match)))
+        return best, f"{gpu.name} matches {best.match!r}"
+    return derive_profile(gpu), f"no profile matches {gpu.name}: derived from its properties"
+
+
+def derive_profile(gpu: Gpu) -> HardwareProfile:
+    """A profile for an unknown card, from SM count, clocks, memory bus and compute capability.
+
+    Rates: SMs x FLOP per clock x clock; half of it for fp32 outside tensor cores (two FLOP per CUDA core and clock).
+    Bandwidth: two transfers per memory clock x bus width. Zero where the driver does not tell.
+    """
+    capability = gpu.compute_capability
+    per_clock = TENSOR_FLOPS_PER_CLOCK.get(capability, 512 if capability >= (8, 0) else 0)
+    if capability == (7, 5) and "GTX" in gpu.name:
+        per_clock = 0  # GTX 16xx has no tensor cores
+    clock = gpu.clock_mhz * 1e6
+    half = gpu.sm_count * per_clock * clock / 1e12
+    fp32 = gpu.sm_count * CUDA_CORES_PER_SM.get(capability, 128) * 2 * clock / 1e12
+    rates = {"fp32": fp32, "fp16": half, "bf16": half if capability >= (8, 0) else 0.0}
+    precision = "bf16" if capability >= (8, 0) else "fp16" if half else ""
+    return HardwareProfile(
+        name="derived",
+        vram_gib=round(gpu.vram_bytes / GIB, 2),
+        compute_capability=capability,
+        bandwidth_gbs=round(2 * gpu.memory_clock_mhz * 1e6 * gpu.memory_bus_bits / 8 / 1e9, 1),
+        tflops={dtype: round(rate, 1) for dtype, rate in rates.items() if rate},
+        strategies=(*([precision] if precision else []), "accumulation", "allocator", "loader", "cleanup"),
+        source=f"derived from {gpu.name}: {gpu.sm_count} SMs at {gpu.clock_mhz} MHz",
+    )

@@ -1,0 +1,118 @@
+"""From params to a finished training: the plan in force, its environment, one process or several, and the outputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.errors import Stopped, TightfitError, UserError
+from core.files import new_folder, read_json, write_json, write_text
+from core.hardware import read_facts
+from core.hookspecs import Plan
+from core.plan import apply_env, plan_dict, resolve
+from core.plugins import Registry
+from core.project import Project
+from core.run import Run, fingerprint
+
+CURVE_ROWS = 1000
+
+
+def planned(project: Project) -> tuple[Plan, Registry]:
+    """The plan that env-check wrote, with its strategies loaded, and its variables in the environment.
+
+    Raises UserError where reports/plan.json is missing, or no longer what params, plugins and machine give.
+    """
+    written = read_json(project.plan, made_by="python -m stages.env_check")
+    registry = Registry.load(project)
+    plan = resolve(project.params, read_facts(), registry)
+    if plan_dict(plan, registry) != written:
+        raise UserError(
+            "reports/plan.json does not match params.yaml, the plugins and this machine any more: run "
+            "`python -m stages.env_check` (or `dvc repro`)"
+        )
+    apply_env(plan)
+    return plan, registry
+
+
+def run_training(project: Project, echo: Callable[[str], None]) -> None:
+    """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv."""
+    plan, registry = planned(project)
+    if plan.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        launch_processes(project, plan)
+        return
+    from core.trainer import train
+
+    document = plan_dict(plan, registry)
+    tokens = read_json(project.tokens / "manifest.json", made_by="python -m stages.tokenize")
+    name = fingerprint(project, document, tokens)
+    if int(os.environ.get("RANK", "0")) > 0:
+        train(project, plan, Run(project.runs / name), echo)
+        return
+    with Run.open(project, name) as run:
+        echo(f"run {name}")
+        write_json(run.folder / "run.json", {"plan": document, "params": project.params.model_dump()})
+        result = train(project, plan, run, echo)
+        write_outputs(project, run, result)
+    rate, seconds = result["tokens_per_second"], result["seconds"]
+    echo(f"done: {result['steps']} steps in {seconds:.0f} s, {rate:,.0f} tokens/s")
+
+
+def launch_processes(project: Project, plan: Plan) -> None:
+    """Start this stage again under `accelerate launch`, one process per GPU."""
+    options = ["--num_processes", str(plan.num_processes), "--num_machines", "1", "--dynamo_backend", "no"]
+    options += ["--mixed_precision", "no"]  # the plan decides it
+    options += ["--cpu"] if plan.profile.device == "cpu" else ["--multi_gpu"]
+    threads = max(1, (os.cpu_count() or 1) // plan.num_processes)
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    code = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "stages.train"],
+        cwd=project.root,
+        env=environ,
+        check=False,
+    ).returncode
+    if code:
+        error = TightfitError(
+            f"training in {plan.num_processes} processes failed; the message above says why"
+        )
+        error.exit_code = code if code in (2, 3, 4, Stopped.exit_code) else 1
+        raise error
+
+
+def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:
+    """The stage's outputs: the final model, metrics and curves."""
+    source = run.weights(project.params.train.final_weights)
+    with new_folder(project.final_model) as new:
+        shutil.copytree(source, new, dirs_exist_ok=True)
+    columns = {"step": 0, "tokens": 0, "lr": 9, "loss": 6}
+    write_table(project.reports / "curve.tsv", columns, result["losses"])
+    columns = {"step": 0, "tokens": 0, "val_loss": 6, "val_bits_per_byte": 6}
+    write_table(project.reports / "curve_val.tsv", columns, result["evaluations"])
+    names = (
+        "steps",
+        "tokens",
+        "epochs",
+        "loss",
+        "best_val_loss",
+        "seconds",
+        "tokens_per_second",
+        "share_of_peak",
+    )
+    figures = {name: round(result[name], 6) for name in (*names, "peak_memory_gib")}
+    write_json(project.reports / "train.json", figures)
+
+
+def write_table(path: Path, columns: dict[str, int], records: list[dict[str, Any]]) -> None:
+    """A TSV that `dvc plots` reads and git diffs well: at most 1,000 rows, evenly thinned, the last one kept.
+
+    columns: {name: decimals}.
+    """
+    every = -(-len(records) // CURVE_ROWS)
+    kept = [r for i, r in enumerate(records) if i % every == 0 or i == len(records) - 1]
+    rows = ["\t".join(columns)]
+    rows += ["\t".join(f"{r[name]:.{digits}f}" for name, digits in columns.items()) for r in kept]
+    write_text(path, "\n".join(rows) + "\n")

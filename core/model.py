@@ -1,0 +1,277 @@
+"""The two networks, under the names of their ecosystems, so that trained weights open elsewhere as what they are.
+
+`qwen3` has the parameter names and the arithmetic of transformers' Qwen3ForCausalLM; `gpt2` those of nanoGPT.
+Shapes: B sequences of T tokens, C channels, H heads of D = C / H channels, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.loss import cross_entropy_sum
+from core.model_config import ModelConfig
+
+# Keys and values of the tokens so far, per layer: what a new token attends to. Each [B, H, T, D].
+Cache = list[tuple[Tensor, Tensor]]
+
+
+class Network(nn.Module):
+    """What both networks share: tokens in, and logits or the summed loss out."""
+
+    config: ModelConfig
+    lm_head: nn.Linear
+
+    def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+        """[B, T] token ids → [B, T, C] final hidden states."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Return the cross entropy summed over `targets` [nats], or logits [B, T, V] where there are none.
+
+        tokens, targets: [B, T] int64. cache: a list that generation fills and hands back with each new token.
+        """
+        logits = self.lm_head(self.hidden(tokens, cache))
+        return logits if targets is None else cross_entropy_sum(logits, targets)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, layer: int, dropout: float = 0.0) -> Tensor:
+    """Causal attention of q [B, H, T, D] over k, v [B, H or fewer, T, D] and the cached tokens before them."""
+    if cache is not None:
+        if layer < len(cache):
+            k, v = torch.cat((cache[layer][0], k), 2), torch.cat((cache[layer][1], v), 2)
+            cache[layer] = (k, v)
+        else:
+            cache.append((k, v))
+    # A single new token attends to everything before it; several at once only occur at the start.
+    causal = q.shape[2] > 1
+    assert not causal or q.shape[2] == k.shape[2], "the cache takes one token at a time"
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, n: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding, halves rotated against each other (Su et al. 2021, arXiv 2104.09864)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, block_size: int, theta: float) -> None:
+        super().__init__()
+        frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        angle = torch.outer(torch.arange(block_size).float(), frequency).repeat(1, 2)  # [T, D]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x: [B, H, T, D] at positions start, start + 1, …"""
+        cos, sin = self.cos[start : start + x.shape[2]], self.sin[start : start + x.shape[2]]
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, width, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(config.head_dim)
+        self.k_norm = RMSNorm(config.head_dim)
+
+    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
+        B, T, _ = x.shape
+        D = self.config.head_dim
+        q = self.q_proj(x).view(B, T, -1, D)
+        k = self.k_proj(x).view(B, T, -1, D)
+        v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
+        start = cache[self.layer][0].shape[2] if cache is not None and self.layer < len(cache) else 0
+        q = rotary(self.q_norm(q).transpose(1, 2), start).to(v.dtype)
+        k = rotary(self.k_norm(k).transpose(1, 2), start).to(v.dtype)
+        y = attend(q, k, v, cache, self.layer)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, layer)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = RMSNorm(config.n_embd)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
+
+    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3(Network):
+    """Qwen3's dense network (Qwen Team 2025, arXiv 2505.09388)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+                "layers": nn.ModuleList(Qwen3Layer(config, i) for i in range(config.n_layer)),
+                "norm": RMSNorm(config.n_embd),
+            }
+        )
+        self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+        x = self.model["embed_tokens"](tokens)
+        for layer in self.model["layers"]:
+            x = layer(x, self.rotary, cache)
+        return self.model["norm"](x)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            t.view(B, T, self.config.n_head, self.config.head_dim).transpose(1, 2)
+            for t in self.c_attn(x).split(C, dim=2)
+        )
+        y = attend(q, k, v, cache, self.layer, self.config.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class GPT2Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = GPT2Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = GPT2MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT2(Network):
+    """GPT-2 (Radford et al. 2019) as nanoGPT and the guides that follow it write it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(GPT2Layer(config, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer["wte"].weight
+
+    def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+        start = cache[0][0].shape[2] if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.transformer["drop"](self.transformer["wte"](tokens) + self.transformer["wpe"](positions))
+        for layer in self.transformer["h"]:
+            x = layer(x, cache)
+        return self.transformer["ln_f"](x)
+
+
+ARCHITECTURES: dict[str, type[Qwen3] | type[GPT2]] = {"qwen3": Qwen3, "gpt2": GPT2}
+
+
+def build_model(config: ModelConfig, seed: int) -> Network:
+    """A fresh network on the CPU, in fp32, every parameter drawn from `seed`."""
+    model = ARCHITECTURES[config.architecture](config)
+    init_weights(model, config, seed)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: Network, config: ModelConfig, seed: int) -> None:
+    """GPT-2's initialisation: N(0, 0.02), residual projections by 1/sqrt(2 L) less, norms 1, biases 0.
+
+    Asserts that every parameter is reached by exactly one rule.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual = 0.02 / math.sqrt(2 * config.n_layer)
+    for name, parameter in model.named_parameters():
+        rules = {
+            "bias": name.endswith(".bias"),
+            "norm": ("norm" in name or ".ln_" in name) and name.endswith(".weight"),
+            "residual": name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")),
+            "matrix": name.endswith(
+                (
+                    *(
+                        "q_proj.weight",
+                        "k_proj.weight",
+                        "v_proj.weight",
+                        "gate_proj.weight",
+                        "up_proj.weight",
+                    ),
+                    *("c_attn.weight", "c_fc.weight", "wte.weight", "wpe.weight"),
+                    *("embed_tokens.weight", "lm_head.weight"),
+                )
+            ),
+        }
+        chosen = [rule for rule, applies in rules.items() if applies]
+        assert len(chosen) == 1, f"{name} is initialised by {chosen or 'no rule'}"
+        if chosen[0] == "bias":
+            parameter.zero_()
+        elif chosen[0] == "norm":
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, residual if chosen[0] == "residual" else 0.02, generator=generator)

@@ -1,0 +1,137 @@
+"""What a person watches: the card's state, the peak rate that a share is taken of, and the progress itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from core.hookspecs import GIB
+
+if TYPE_CHECKING:
+    from core.hookspecs import Plan
+
+
+class CardMonitor:
+    """Utilisation, temperature, power and memory of a card, through NVML. Empty where there is none."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.card = device, None
+        if device.type != "cuda":
+            return
+        import pynvml
+        import torch
+
+        try:
+            pynvml.nvmlInit()
+            # By PCI address: NVML counts every card, torch those of CUDA_VISIBLE_DEVICES.
+            p = torch.cuda.get_device_properties(device)
+            address = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+            self.card = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+        except pynvml.NVMLError:
+            self.card = None
+
+    def read(self) -> dict[str, float]:
+        """Current figures; those the driver does not tell are left out."""
+        if self.device.type != "cuda":
+            return {}
+        import pynvml
+        import torch
+
+        free, total = torch.cuda.mem_get_info(self.device)
+        found = {
+            "vram_used_gib": (total - free) / GIB,
+            "vram_total_gib": total / GIB,
+            "vram_peak_gib": torch.cuda.max_memory_reserved(self.device) / GIB,
+        }
+        questions: dict[str, Callable[[Any], float]] = {
+            "gpu_percent": lambda card: pynvml.nvmlDeviceGetUtilizationRates(card).gpu,
+            "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
+            "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1000,
+        }
+        for name, ask in questions.items():
+            try:
+                if self.card is not None:
+                    found[name] = float(ask(self.card))
+            except pynvml.NVMLError:
+                pass
+        return found
+
+
+def peak_flops(plan: Plan, device: Any) -> tuple[float, str]:
+    """Peak rate for the plan's dtype [FLOP/s], and where the figure comes from; 0 where it is unknown.
+
+    A card's is in its profile. A CPU's is measured: the best of a few matrix products with the sizes of a step.
+    """
+    dtype = plan["dtype"]
+    if device.type == "cuda":
+        rate = plan.profile.tflops.get(dtype, 0.0) * 1e12
+        return rate, f"{plan.profile.name}'s {dtype} peak" if rate else f"unknown for {plan.profile.name}"
+    import torch
+
+    n, best = 1024, float("inf")
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = torch.ones(n, n, dtype=kind), torch.ones(n, n, dtype=kind)
+    until = time.perf_counter() + 0.5
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, f"this CPU's measured {dtype} matrix product"
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int | None, echo: Callable[[str], None], enabled: bool = True) -> None:
+        self.echo, self.total, self.enabled = echo, total_steps, enabled
+        self.bar: Any = None
+        if enabled and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, unit="step", file=sys.stdout, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            self.echo(line)
+
+    def advance(self, step: int, fields: list[str], logged: bool) -> None:
+        """Show `step` of the total with its figures; plain lines only for logged steps."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            if logged:
+                self.bar.set_postfix_str("  ".join(fields))
+        elif logged:
+            self.echo(f"step {step}/{self.total or '?'}  " + "  ".join(fields))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """75 → "1:15"; 3675 → "1:01:15"."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def card_line(card: dict[str, float]) -> list[str]:
+    """The figures of `CardMonitor.read` as short fields."""
+    if not card:
+        return []
+    fields = [
+        f"{card['vram_used_gib']:.2f}/{card['vram_total_gib']:.1f} GiB (peak {card['vram_peak_gib']:.2f})"
+    ]
+    for key, unit in (("gpu_percent", "%"), ("temperature_c", "°C"), ("power_w", "W")):
+        if key in card:
+            fields.append(f"{card[key]:.0f} {unit}")
+    return fields

@@ -1,0 +1,359 @@
+"""Profile + strategies + model → Plan: what will run, in which order, and why. No torch here.
+
+`resolve` reports every problem at once. `plan_json` is deterministic, so that DVC retrains when the plan changes and
+not otherwise; it names the source hash of every plugin in use, and of no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import pluggy
+
+from core.errors import PluginError, TightfitError, UserError, did_you_mean
+from core.hardware import choose_profile
+from core.hookspecs import (
+    GIB,
+    PROJECT,
+    Choice,
+    Facts,
+    HardwareProfile,
+    Plan,
+    RuntimeSpecs,
+    Strategy,
+)
+from core.model_config import ModelConfig
+from core.params import HardwareParams, Params
+from core.plugins import Registry, many
+
+PLAN_FORMAT = 1
+
+
+def resolve(params: Params, facts: Facts, registry: Registry) -> Plan:
+    """Return the plan for `params` on the machine `facts`.
+
+    Raises PluginError for broken plugins and strategies that do not work together, UserError for sizes that do not
+    fit together. Each names all its problems.
+    """
+    if registry.broken():
+        raise PluginError(registry.broken(), title="plugins that do not load")
+    profile, why = _profile(params.hardware, facts, registry)
+    model = ModelConfig.resolve(params.model, params.tokenizer.n_vocab)
+    plan = Plan(
+        profile=profile,
+        profile_reason=why,
+        model=model,
+        sequences=_sequences(params, model),
+        num_processes=params.hardware.num_processes,
+        memory_budget=_memory_budget(profile, facts),
+        micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
+    )
+    _choose_strategies(plan, params.hardware, facts, registry)
+    _decide_values(plan, params, facts)
+    return plan
+
+
+def _profile(hardware: HardwareParams, facts: Facts, registry: Registry) -> tuple[HardwareProfile, str]:
+    if hardware.profile == "auto":
+        if "cpu" not in registry.profiles:
+            raise PluginError("hardware.profile: auto needs the profile 'cpu', which no plugin declares")
+        return choose_profile(registry.profiles, facts)
+    return registry.profile(hardware.profile), "hardware.profile names it"
+
+
+def _sequences(params: Params, model: ModelConfig) -> int:
+    """Sequences per optimizer step, over all processes."""
+    batch, block = params.train.batch_tokens, model.block_size
+    processes = params.hardware.num_processes
+    if batch % (block * processes):
+        near = max(1, round(batch / (block * processes))) * block * processes
+        each = f"{processes} processes x " if processes > 1 else ""
+        raise UserError(
+            f"train.batch_tokens: {batch} is not a multiple of {each}the context of {block} tokens; {near} is"
+        )
+    return batch // block
+
+
+def _memory_budget(profile: HardwareProfile, facts: Facts) -> int:
+    """Bytes a step may use: a share of the card, or of the machine's RAM."""
+    if profile.device == "cpu":
+        return int(facts.ram_bytes * 0.5)
+    return int(profile.vram_gib * GIB * profile.vram_budget)
+
+
+def _choose_strategies(plan: Plan, hardware: HardwareParams, facts: Facts, registry: Registry) -> None:
+    """Fill plan.active (ordered), plan.skipped and plan.options, or raise PluginError with every problem."""
+    profile, choice, problems = plan.profile, hardware.strategies, []
+    wanted: dict[str, tuple[bool, str]] = {}  # name → (optional, key that asked for it)
+    for entry in profile.strategies:
+        wanted.setdefault(entry.rstrip("?"), (entry.endswith("?"), f"hardware profile {profile.name!r}"))
+    for entry in choice.add:
+        wanted[entry.rstrip("?")] = (entry.endswith("?"), "hardware.strategies.add")
+    for name in choice.remove:
+        if name not in registry.strategies:
+            problems.append(registry.unknown_strategy(name, "hardware.strategies.remove"))
+        wanted.pop(name, None)
+
+    chosen: list[Strategy] = []
+    for name, (optional, key) in wanted.items():
+        strategy = registry.strategies.get(name)
+        if strategy is None:
+            problems.append(registry.unknown_strategy(name, key))
+            continue
+        why_not = strategy.available(facts, profile)
+        if why_not and optional:
+            plan.skipped[name] = why_not
+        elif why_not:
+            problems.append(f"{name}: {why_not}")
+        else:
+            chosen.append(strategy)
+
+    for strategy in chosen:
+        plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
+    problems += _unused_options(hardware, plan, chosen, registry)
+    problems += _clashes(chosen)
+    plan.active = _in_order(chosen, problems)
+    if problems:
+        raise PluginError(problems, title=f"hardware profile {profile.name!r} cannot run as configured")
+
+
+def _options(
+    strategy: Strategy, profile: HardwareProfile, hardware: HardwareParams, problems: list[str]
+) -> dict[str, Any]:
+    """defaults < profile < params. A value must have its default's type; None as a default takes any."""
+    merged = dict(strategy.defaults)
+    sources = (
+        (f"profile {profile.name!r}", profile.options.get(strategy.name, {})),
+        (f"hardware.options.{strategy.name}", hardware.options.get(strategy.name, {})),
+    )
+    for source, given in sources:
+        for key, value in given.items():
+            if key not in strategy.defaults:
+                near, known = did_you_mean(key, strategy.defaults), ", ".join(strategy.defaults) or "none"
+                problems.append(f"{source}: unknown option {key!r}.{near} Options: {known}")
+                continue
+            default = strategy.defaults[key]
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            right = default is None or (
+                isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+            )
+            if not right:
+                problems.append(
+                    f"{source}.{key}: {value!r} should be a {type(default).__name__} such as {default!r}"
+                )
+            merged[key] = value
+    return merged
+
+
+def _unused_options(
+    hardware: HardwareParams, plan: Plan, chosen: list[Strategy], registry: Registry
+) -> list[str]:
+    active = {s.name for s in chosen}
+    problems = []
+    for name in hardware.options:
+        if name not in registry.strategies:
+            problems.append(registry.unknown_strategy(name, "hardware.options"))
+        elif name not in active and name not in plan.skipped:
+            problems.append(
+                f"hardware.options.{name}: {name} is not on; add it (hardware.strategies.add: [{name}])"
+            )
+    return problems
+
+
+def _clashes(chosen: list[Strategy]) -> list[str]:
+    names, slots, problems = {s.name for s in chosen}, {}, []
+    for strategy in chosen:
+        if strategy.slot and strategy.slot in slots:
+            other = slots[strategy.slot]
+            problems.append(
+                f"{other} and {strategy.name} both set the {strategy.slot}: keep one "
+                f"(hardware.strategies.remove: [{other}] or [{strategy.name}])"
+            )
+        elif strategy.slot:
+            slots[strategy.slot] = strategy.name
+        for needed in strategy.requires:
+            if needed not in names:
+                problems.append(
+                    f"{strategy.name} needs {needed}: add it (hardware.strategies.add: [{needed}])"
+                )
+        for other, reason in strategy.conflicts.items():
+            if other in names:
+                problems.append(
+                    f"{strategy.name} does not work with {other}: {reason} "
+                    f"(hardware.strategies.remove: [{other}] or [{strategy.name}])"
+                )
+    return problems
+
+
+def _in_order(chosen: list[Strategy], problems: list[str]) -> list[Strategy]:
+    """By phase, then `after`, then the order asked for (a stable topological sort)."""
+    names = {s.name: s for s in chosen}
+    for s in chosen:
+        for other in s.after:
+            if other in names and names[other].phase > s.phase:
+                problems.append(
+                    f"{s.name} wants to run after {other}, whose phase {names[other].phase.name} is later"
+                )
+    ordered: list[Strategy] = []
+    for phase in sorted({s.phase for s in chosen}):
+        left = [s for s in chosen if s.phase == phase]
+        while left:
+            waiting = {s.name for s in left}
+            ready = next((s for s in left if not waiting & (set(s.after) - {s.name})), None)
+            if ready is None:
+                problems.append("strategies wait for each other: " + " → ".join(s.name for s in left))
+                break
+            ordered.append(ready)
+            left.remove(ready)
+    return ordered
+
+
+def runtime(plan: Plan) -> pluggy.PluginManager:
+    """Hooks of the active strategies, in plan order (pluggy calls the last registered first)."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(RuntimeSpecs)
+    for strategy in reversed(plan.active):
+        manager.register(strategy, strategy.name)
+    manager.check_pending()
+    return manager
+
+
+def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
+    """Core's own values first, then the strategies' changes, environment and checks."""
+    core = "core"
+    plan.set("dtype", "fp32", reason="no precision strategy is on", by=core)
+    plan.set("batch_tokens", params.train.batch_tokens, reason="train.batch_tokens", by=core)
+    per_process = plan.sequences // plan.num_processes
+    plan.set("micro_batch", per_process, reason="the whole batch at once: accumulation is off", by=core)
+    plan.set("gradient_accumulation_steps", 1, reason="accumulation is off", by=core)
+    plan.set("num_workers", 0, reason="loader is off: batches are read in the training process", by=core)
+    plan.set("pin_memory", False, reason="loader is off", by=core)
+    plan.set("persistent_workers", False, reason="loader is off", by=core)
+
+    _call(plan, "adjust_plan", facts)
+    for strategy, variables in _call(plan, "configure_env", facts):
+        for variable, (value, reason) in variables.items():
+            _set_env(plan, facts, variable, value, reason, strategy.name)
+    problems = [problem for _, answer in _call(plan, "check_plan", facts) for problem in many(answer)]
+    if plan["micro_batch"] * plan["gradient_accumulation_steps"] != per_process:
+        problems.append(
+            f"train.micro_batch: {plan['micro_batch']} x {plan['gradient_accumulation_steps']} accumulation steps make "
+            f"{plan['micro_batch'] * plan['gradient_accumulation_steps']} sequences, the batch has {per_process}; "
+            + (
+                "set it to auto"
+                if any(s.name == "accumulation" for s in plan.active)
+                else "add the strategy accumulation"
+            )
+        )
+    if problems:
+        raise PluginError(problems, title="the plan does not work" if len(problems) > 1 else "")
+
+
+def _call(plan: Plan, hook: str, facts: Facts) -> list[tuple[Strategy, Any]]:
+    """Call one planning hook strategy by strategy, so that an answer and an error have an owner."""
+    answers = []
+    for strategy in plan.active:
+        function: Callable[..., Any] | None = getattr(strategy, hook, None)
+        marker = getattr(function, f"{PROJECT}_impl", None)
+        if function is None or marker is None:
+            continue
+        given = {"plan": plan, "facts": facts}
+        names = function.__code__.co_varnames[1 : function.__code__.co_argcount]  # type: ignore[attr-defined]
+        try:
+            answer = function(**{name: given[name] for name in names})
+        except TightfitError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"strategy {strategy.name!r}: {hook}() failed: {type(error).__name__}: {error}"
+            ) from error
+        if answer is not None:
+            answers.append((strategy, answer))
+    return answers
+
+
+def _set_env(plan: Plan, facts: Facts, variable: str, value: str, reason: str, by: str) -> None:
+    """Add a variable to the plan. The user's own value wins; two strategies must agree."""
+    if variable in facts.environ:
+        if facts.environ[variable] != value:
+            plan.notes.append(
+                f"{variable}={facts.environ[variable]} from your environment wins over {value} ({by})"
+            )
+        return
+    known = plan.env.get(variable)
+    if known and known.value != value:
+        raise PluginError(
+            f"{known.by} wants {variable}={known.value}, {by} wants {value}: remove one of them"
+        )
+    plan.env[variable] = Choice(value, reason, by)
+
+
+def apply_env(plan: Plan, environ: MutableMapping[str, str] | None = None) -> None:
+    """Put the plan's variables into the environment of this process. Call it before torch is imported."""
+    environ = os.environ if environ is None else environ
+    if "torch" in sys.modules and any("ALLOC_CONF" in variable for variable in plan.env):
+        raise AssertionError("the allocator's settings must be in the environment before torch is imported")
+    environ.update({variable: choice.value for variable, choice in plan.env.items()})
+
+
+def plan_dict(plan: Plan, registry: Registry) -> dict[str, Any]:
+    """What `reports/plan.json` holds: recipe (changes the numbers), execution (does not), and a reason for each.
+
+    No times, no free memory: equal params, plugins and machine give equal bytes.
+    """
+
+    def strategy(s: Strategy) -> dict[str, Any]:
+        plugin = registry.owner("strategy", s.name)
+        return {
+            "name": s.name,
+            "phase": s.phase.name,
+            "affects": s.affects,
+            "options": plan.options[s.name],
+            "plugin": f"{plugin.name} {plugin.version}".strip(),
+            "sha256": plugin.sha256,
+        }
+
+    profile = plan.profile
+    return {
+        "format": PLAN_FORMAT,
+        "profile": {
+            "name": profile.name,
+            "device": profile.device,
+            "reason": plan.profile_reason,
+            "vram_gib": profile.vram_gib,
+            "compute_capability": list(profile.compute_capability),
+            "bandwidth_gbs": profile.bandwidth_gbs,
+            "tflops": dict(profile.tflops),
+            "source": profile.source,
+        },
+        "strategies": [strategy(s) for s in plan.active],
+        "skipped": plan.skipped,
+        "recipe": {
+            "model": plan.model.to_dict(),
+            **{key: plan[key] for key in Plan.RECIPE},
+        },
+        "execution": {
+            "num_processes": plan.num_processes,
+            **{key: choice.value for key, choice in plan.values.items() if key not in Plan.RECIPE},
+        },
+        "env": {variable: choice.value for variable, choice in plan.env.items()},
+        "reasons": {
+            **{key: f"{choice.reason} [{choice.by}]" for key, choice in plan.values.items()},
+            **{key: f"{choice.reason} [{choice.by}]" for key, choice in plan.env.items()},
+        },
+        "estimated_bytes": plan.step_bytes(plan["micro_batch"]),
+        "notes": plan.notes,
+    }
+
+
+def plan_json(plan: Plan, registry: Registry) -> str:
+    return json.dumps(plan_dict(plan, registry), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def recipe_strategies(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of a plan document: the strategies that change the numbers."""
+    return [s for s in document["strategies"] if s["affects"] == "recipe"]

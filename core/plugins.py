@@ -1,0 +1,341 @@
+"""Finding plugins, checking them for their author, and looking things up in them.
+
+Order: `plugins/hardware/*.py`, `plugins/strategies/*.py` (sorted; names with a leading "_" are skipped), then pip
+entry points in the group `tightfit`. Bundled plugins take the same way as a user's own file. One bad plugin never
+hides the others: every problem is collected, with file and line.
+
+We load entry points ourselves because pluggy's loader stops at the first broken package and silently drops the second
+of two with one name (pluggy 1.7, `PluginManager.load_setuptools_entrypoints`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from core.errors import PluginError, did_you_mean
+from core.hookspecs import (
+    API_VERSION,
+    PROJECT,
+    DiscoverySpecs,
+    HardwareProfile,
+    RuntimeSpecs,
+    Strategy,
+)
+from core.project import Project
+
+DISABLE_VARIABLE = "TIGHTFIT_DISABLE_PLUGINS"
+
+
+def hook_signatures(specs: type) -> dict[str, list[str]]:
+    """{hook: its argument names} of a class of hook specifications."""
+    return {
+        name: [p for p in inspect.signature(function).parameters if p != "self"]
+        for name, function in vars(specs).items()
+        if hasattr(function, f"{PROJECT}_spec")
+    }
+
+
+DISCOVERY_HOOKS = hook_signatures(DiscoverySpecs)
+RUNTIME_HOOKS = hook_signatures(RuntimeSpecs)
+
+
+@dataclass
+class Plugin:
+    """One file or entry point, and what became of it."""
+
+    name: str
+    version: str = ""
+    sha256: str = ""
+    """Of its source file: part of the plan, so that editing a plugin in use reruns training."""
+    profiles: list[str] = field(default_factory=list)
+    strategies: list[str] = field(default_factory=list)
+    error: str = ""
+    disabled: bool = False
+
+
+class Registry:
+    """Every hardware profile and strategy that was found."""
+
+    def __init__(self) -> None:
+        self.plugins: list[Plugin] = []
+        self.profiles: dict[str, HardwareProfile] = {}
+        self.strategies: dict[str, Strategy] = {}
+        self._owner: dict[tuple[str, str], Plugin] = {}
+        self._disabled = {name for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name}
+
+    @classmethod
+    def load(cls, project: Project, entry_points: bool = True) -> Registry:
+        """Load the project's plugin files and the installed entry points."""
+        registry = cls()
+        for kind in ("hardware", "strategies"):
+            for path in sorted((project.plugins / kind).glob("*.py")):
+                if not path.name.startswith("_"):
+                    registry.add_file(path, path.relative_to(project.root).as_posix())
+        if entry_points:
+            registry._add_entry_points()
+        return registry
+
+    def add_file(self, path: Path, name: str) -> None:
+        """Load one plugin file; `name` is what messages call it."""
+        self._add(name, lambda: _import_file(path, name))
+
+    def _add_entry_points(self) -> None:
+        for distribution in importlib.metadata.distributions():
+            for entry in distribution.entry_points:
+                if entry.group == PROJECT:
+                    name = f"{distribution.metadata['Name']}/{entry.name}"
+                    self._add(name, entry.load, distribution.version)
+
+    def _add(self, name: str, load: Callable[[], Any], version: str = "") -> None:
+        plugin = Plugin(name, version)
+        self.plugins.append(plugin)
+        if name in self._disabled:
+            plugin.disabled = True
+            return
+        torch_before = "torch" in sys.modules
+        try:
+            module = load()
+            if "torch" in sys.modules and not torch_before:
+                raise PluginError(
+                    f"{name}: imports torch when it is loaded. Import it inside the hook: settings such as the "
+                    "allocator's must be in the environment before torch is."
+                )
+            plugin.sha256 = _source_sha256(module)
+            profiles, strategies = _declared(module, name)
+            self._claim("hardware profile", {p.name: p for p in profiles}, self.profiles, plugin)
+            self._claim("strategy", {s.name: s for s in strategies}, self.strategies, plugin)
+            plugin.profiles = [p.name for p in profiles]
+            plugin.strategies = [s.name for s in strategies]
+        except Exception as error:  # whatever a plugin does, the others still load
+            plugin.error = str(error) if isinstance(error, PluginError) else _where_it_failed(error, name)
+
+    def _claim(self, kind: str, found: Mapping[str, Any], known: dict[str, Any], plugin: Plugin) -> None:
+        for name in found:
+            if name in known:
+                other = self._owner[kind, name].name
+                raise PluginError(
+                    f"{plugin.name}: {kind} {name!r} is already defined by {other}. Rename it, or switch the other "
+                    f"off with the environment variable {DISABLE_VARIABLE}={other}"
+                )
+        known.update(found)
+        self._owner.update({(kind, name): plugin for name in found})
+
+    def profile(self, name: str) -> HardwareProfile:
+        """Look up a hardware profile. Raises PluginError with the nearest name."""
+        if name not in self.profiles:
+            raise PluginError(self._unknown("hardware profile", name, self.profiles, "hardware.profile"))
+        return self.profiles[name]
+
+    def unknown_strategy(self, name: str, key: str) -> str:
+        """The problem to report when `key` in params.yaml (or a profile) names a strategy that is not there."""
+        return self._unknown("strategy", name, self.strategies, key)
+
+    def _unknown(self, kind: str, name: str, known: Iterable[str], key: str) -> str:
+        near = did_you_mean(name, known)
+        return f"{key}: unknown {kind} {name!r}.{near} Known: {', '.join(sorted(known))}"
+
+    def owner(self, kind: str, name: str) -> Plugin:
+        """The plugin that declares the "hardware profile" or "strategy" of this name."""
+        return self._owner[kind, name]
+
+    def broken(self) -> list[str]:
+        """One line for every plugin that did not load, with the way out."""
+        return [
+            f"{p.error} (fix it, or switch it off with {DISABLE_VARIABLE}={p.name})"
+            for p in self.plugins
+            if p.error
+        ]
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
+    module_name = "_tightfit_plugin_" + re.sub(r"\W", "_", name)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec and spec.loader, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # a plugin's own dataclasses look themselves up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _source_sha256(module: Any) -> str:
+    """Hex sha256 of the module's source with LF line ends, so that a checkout's line ends do not matter."""
+    source = Path(inspect.getfile(module)).read_bytes()
+    return hashlib.sha256(source.replace(b"\r\n", b"\n")).hexdigest()
+
+
+def _declared(module: Any, name: str) -> tuple[list[HardwareProfile], list[Strategy]]:
+    """Check a plugin module and return what it declares. Raises PluginError."""
+    wanted = getattr(module, "PLUGIN_API", API_VERSION)
+    if wanted[0] != API_VERSION[0] or tuple(wanted) > API_VERSION:
+        raise PluginError(
+            f"{name}: wants plugin API {'.'.join(map(str, wanted))}, this version offers "
+            f"{'.'.join(map(str, API_VERSION))}."
+        )
+    hooks = _check_hooks(module, name, DISCOVERY_HOOKS, "belongs on a Strategy, as a method")
+    if not hooks:
+        raise PluginError(
+            f"{name}: no @hookimpl function found. A plugin declares hardware_profiles() or strategies()."
+        )
+    profiles = [_profile(p, name) for p in many(getattr(module, "hardware_profiles", lambda: None)())]
+    strategies = [_strategy(s, name) for s in many(getattr(module, "strategies", lambda: None)())]
+    return profiles, strategies
+
+
+def _check_hooks(thing: Any, label: str, hooks: Mapping[str, list[str]], elsewhere: str) -> list[str]:
+    """Return the hooks that `thing` implements.
+
+    Raises PluginError for what pluggy would ignore or report unhelpfully: a misspelt hook or argument, an argument
+    with a default value, and a hook without its decorator.
+    """
+    known = {**DISCOVERY_HOOKS, **RUNTIME_HOOKS}
+    found = []
+    for attribute, function in inspect.getmembers(thing, inspect.isroutine):
+        marker = getattr(function, f"{PROJECT}_impl", None)
+        if marker is None:
+            if attribute in hooks and _defined_by_plugin(thing, attribute):
+                raise PluginError(
+                    f"{_line_of(function)}: {label}: {attribute}() lacks @hookimpl, so it would never be called."
+                )
+            continue
+        hook = marker.get("specname") or attribute
+        if hook not in known and marker.get("optionalhook"):
+            continue
+        if hook not in known:
+            near = did_you_mean(hook, hooks)
+            raise PluginError(
+                f"{_line_of(function)}: {label}: no hook {hook!r}.{near} Hooks: {', '.join(sorted(hooks))}"
+            )
+        if hook not in hooks:
+            raise PluginError(f"{_line_of(function)}: {label}: the hook {hook!r} {elsewhere}.")
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name not in hooks[hook]:
+                near = did_you_mean(parameter.name, hooks[hook])
+                raise PluginError(
+                    f"{_line_of(function)}: {label}: hook {hook!r} has no argument {parameter.name!r}.{near} "
+                    f"It may take: {', '.join(hooks[hook]) or 'nothing'}"
+                )
+            if parameter.default is not parameter.empty:
+                raise PluginError(
+                    f"{_line_of(function)}: {label}: argument {parameter.name!r} of hook {hook!r} has a default value; "
+                    f"remove '={parameter.default!r}', hooks are called with every argument they name."
+                )
+        found.append(hook)
+    return found
+
+
+def _defined_by_plugin(thing: Any, attribute: str) -> bool:
+    owners = [thing] if inspect.ismodule(thing) else type(thing).__mro__
+    return any(attribute in vars(owner) for owner in owners if owner is not Strategy)
+
+
+def _profile(value: Any, name: str) -> HardwareProfile:
+    if isinstance(value, Mapping):
+        known = [f.name for f in fields(HardwareProfile)]
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            near = did_you_mean(unknown[0], known)
+            raise PluginError(
+                f"{name}: a hardware profile has no field {unknown[0]!r}.{near} Fields: {', '.join(known)}"
+            )
+        value = HardwareProfile(**value)
+    if not isinstance(value, HardwareProfile):
+        raise PluginError(f"{name}: hardware_profiles() must return HardwareProfile or dict, not {value!r}.")
+    problems = []
+    if (
+        not isinstance(value.name, str)
+        or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", value.name)
+        or value.name == "auto"
+    ):
+        problems.append(
+            f"name {value.name!r} must be lower case letters, digits, '_', '-', '.', and not 'auto'"
+        )
+    if value.device not in ("cuda", "cpu"):
+        problems.append(f"device {value.device!r} must be 'cuda' or 'cpu'")
+    if value.device == "cuda" and not value.vram_gib > 0:
+        problems.append("vram_gib is missing: the card's memory in GiB")
+    if value.device == "cuda" and not (
+        len(value.compute_capability) == 2 and value.compute_capability[0] >= 3
+    ):
+        problems.append(f"compute_capability {value.compute_capability!r} must be a pair such as (8, 6)")
+    if not 0 < value.vram_budget <= 1:
+        problems.append(f"vram_budget {value.vram_budget!r} must be a share between 0 and 1")
+    if isinstance(value.strategies, str):
+        problems.append(f"strategies {value.strategies!r} must be a tuple of names: ({value.strategies!r},)")
+    try:
+        re.compile(value.match)
+    except re.error as e:
+        problems.append(f"match {value.match!r} is no regular expression: {e}")
+    unknown_dtypes = set(value.tflops) - {"fp32", "fp16", "bf16"}
+    if unknown_dtypes:
+        problems.append(f"tflops has {sorted(unknown_dtypes)}; known: fp32, fp16, bf16")
+    if problems:
+        raise PluginError(f"{name}: hardware profile {value.name!r}: " + "; ".join(problems))
+    return value
+
+
+def _strategy(value: Any, name: str) -> Strategy:
+    if isinstance(value, type):
+        raise PluginError(
+            f"{name}: strategies() returned the class {value.__name__}; return {value.__name__}()."
+        )
+    if not isinstance(value, Strategy) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", value.name or ""):
+        raise PluginError(
+            f"{name}: strategies() must return Strategy instances whose name is lower case letters, digits, '_', '-' "
+            f"or '.', not {getattr(value, 'name', value)!r}."
+        )
+    if value.affects not in ("recipe", "execution"):
+        raise PluginError(
+            f"{name}: strategy {value.name!r}: affects {value.affects!r} must be 'recipe' or 'execution'"
+        )
+    _check_hooks(
+        value,
+        f"strategy {value.name!r}",
+        RUNTIME_HOOKS,
+        "belongs at the top of the module, not on a Strategy",
+    )
+    return value
+
+
+def many(value: Any) -> list[Any]:
+    """None → [], one thing → [thing], a list, tuple or generator → list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) or inspect.isgenerator(value) else [value]
+
+
+def _line_of(function: Any) -> str:
+    code = inspect.unwrap(function).__code__
+    return f"{_short(code.co_filename)}:{code.co_firstlineno}"
+
+
+def _where_it_failed(error: Exception, name: str) -> str:
+    """`file:line: what`, where the line is the deepest one outside the import machinery."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}: SyntaxError: {error.msg}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]
+    frames = [f for f in frames if Path(f.filename) != Path(__file__)]
+    where = f"{_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else name
+    return f"{where}: {name}: {type(error).__name__}: {error}"
+
+
+def _short(filename: str) -> str:
+    try:
+        return Path(filename).relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return filename

@@ -1,0 +1,14 @@
+"""No card: trains on the processor. Its peak rate is measured when training starts, since it has no data sheet."""
+
+from core.hookspecs import HardwareProfile, hookimpl
+
+
+@hookimpl
+def hardware_profiles():
+    return HardwareProfile(
+        name="cpu",
+        device="cpu",
+        strategies=("bf16?", "accumulation", "loader"),
+        options={"accumulation": {"max_micro_batch_tokens": 4096}},
+        source="bench/cpu_micro_batch.py",
+    )

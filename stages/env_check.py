@@ -1,0 +1,18 @@
+"""env-check: what this machine is, which plan it gets, and whether it can run it."""
+
+import click
+
+from core.cli import command
+from core.project import Project
+
+
+@command("env-check")
+def main(project: Project) -> None:
+    """Check this machine and resolve the plan (reports/plan.json)."""
+    from core.env_check import env_check
+
+    env_check(project, click.echo)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""evaluate: bits per byte on held-out text, samples, and the report."""
+
+import click
+
+from core.cli import command
+from core.project import Project
+
+
+@command("evaluate")
+def main(project: Project) -> None:
+    """Measure the final model and write reports/ (metrics.json, samples.md, report.html)."""
+    from core.evaluate import evaluate
+
+    evaluate(project, click.echo)
+
+
+if __name__ == "__main__":
+    main()
