@@ -86,7 +86,7 @@ class Positions:
             step += 1
 
 
-def to_tensors(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Any]:
+def to_tensors(batch: Any) -> tuple[Any, Any]:
     """Collate: [B, T] arrays → tensors that share their memory."""
     import torch
 
@@ -98,9 +98,9 @@ def micro_batches(windows: Windows, positions: Positions, plan: Any) -> Iterator
     import torch
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
+    loader: Any = DataLoader(
         windows,  # type: ignore[arg-type]
-        batch_sampler=positions,  # type: ignore[arg-type]
+        batch_sampler=positions,
         collate_fn=to_tensors,
         num_workers=plan["num_workers"],
         pin_memory=plan["pin_memory"],

@@ -64,7 +64,7 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     from core.run import load_model
     from core.trainer import make_accelerator
 
-    plan, registry = planned(project)
+    plan, _ = planned(project)
     params = project.params.evaluate
     held_out = TokenShards.open(project.tokens, "val")
     trained = read_json(project.reports / "train.json", made_by="python -m stages.train")
@@ -134,8 +134,8 @@ def judge(metrics: dict[str, Any], trained: dict[str, Any]) -> list[str]:
         )
     if metrics["loss"] > trained["loss"] * OVERFIT_GAP:
         warnings.append(
-            f"overfits: held-out loss {metrics['loss']:.2f} against {trained['loss']:.2f} in training. Use more text, a "
-            "smaller preset or fewer steps."
+            f"overfits: held-out loss {metrics['loss']:.2f} against {trained['loss']:.2f} in training. Use more text, "
+            "a smaller preset or fewer steps."
         )
     return warnings
 

@@ -20,6 +20,7 @@ from core.project import Project
 from core.run import Run, fingerprint
 
 CURVE_ROWS = 1000
+LAUNCHED = "TIGHTFIT_LAUNCHED"  # set for the processes we start, which must not start others
 
 
 def planned(project: Project) -> tuple[Plan, Registry]:
@@ -42,7 +43,7 @@ def planned(project: Project) -> tuple[Plan, Registry]:
 def run_training(project: Project, echo: Callable[[str], None]) -> None:
     """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv."""
     plan, registry = planned(project)
-    if plan.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+    if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
         launch_processes(project, plan)
         return
     from core.trainer import train
@@ -63,14 +64,20 @@ def run_training(project: Project, echo: Callable[[str], None]) -> None:
 
 
 def launch_processes(project: Project, plan: Plan) -> None:
-    """Start this stage again under `accelerate launch`, one process per GPU."""
-    options = ["--num_processes", str(plan.num_processes), "--num_machines", "1", "--dynamo_backend", "no"]
-    options += ["--mixed_precision", "no"]  # the plan decides it
-    options += ["--cpu"] if plan.profile.device == "cpu" else ["--multi_gpu"]
+    """Start this stage again, one process per GPU, through `accelerate launch`.
+
+    On a CPU accelerate launches only with MPI, so there torchrun does it, which accelerate starts cards with too.
+    """
+    n = str(plan.num_processes)
+    if plan.profile.device == "cpu":
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", n]
+    else:  # the plan decides precision and compilation
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", n, "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     threads = max(1, (os.cpu_count() or 1) // plan.num_processes)
-    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}
     code = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "stages.train"],
+        [sys.executable, "-m", *launcher, "-m", "stages.train"],
         cwd=project.root,
         env=environ,
         check=False,

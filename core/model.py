@@ -136,29 +136,31 @@ class Qwen3Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Qwen3Body(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Qwen3Layer(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+
+
 class Qwen3(Network):
     """Qwen3's dense network (Qwen Team 2025, arXiv 2505.09388)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
-                "layers": nn.ModuleList(Qwen3Layer(config, i) for i in range(config.n_layer)),
-                "norm": RMSNorm(config.n_embd),
-            }
-        )
+        self.model = Qwen3Body(config)
         self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
-        x = self.model["embed_tokens"](tokens)
-        for layer in self.model["layers"]:
+        x: Tensor = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
             x = layer(x, self.rotary, cache)
-        return self.model["norm"](x)
+        return self.model.norm(x)
 
 
 class GPT2Attention(nn.Module):
@@ -202,32 +204,35 @@ class GPT2Layer(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+class GPT2Body(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(GPT2Layer(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+
 class GPT2(Network):
     """GPT-2 (Radford et al. 2019) as nanoGPT and the guides that follow it write it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(GPT2Layer(config, i) for i in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        self.transformer = GPT2Body(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = self.transformer.wte.weight
 
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         start = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.transformer["drop"](self.transformer["wte"](tokens) + self.transformer["wpe"](positions))
-        for layer in self.transformer["h"]:
+        body = self.transformer
+        x: Tensor = body.drop(body.wte(tokens) + body.wpe(positions))
+        for layer in body.h:
             x = layer(x, cache)
-        return self.transformer["ln_f"](x)
+        return body.ln_f(x)
 
 
 ARCHITECTURES: dict[str, type[Qwen3] | type[GPT2]] = {"qwen3": Qwen3, "gpt2": GPT2}

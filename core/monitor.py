@@ -25,10 +25,9 @@ class CardMonitor:
 
         try:
             pynvml.nvmlInit()
-            # By PCI address: NVML counts every card, torch those of CUDA_VISIBLE_DEVICES.
-            p = torch.cuda.get_device_properties(device)
-            address = f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
-            self.card = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+            # By UUID: NVML counts every card, torch those of CUDA_VISIBLE_DEVICES.
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.card = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
         except pynvml.NVMLError:
             self.card = None
 

@@ -70,7 +70,7 @@ class DataParams(Section):
     """parquet, jsonl, hub: the column that holds the text."""
     documents: Literal["auto", "file", "paragraphs", "lines"] = "auto"
     """text: what one document is. auto: the file when there are at least 20 and none is over 16 MiB, else
-    paragraphs, grouped to some 16 KiB at boundaries that depend on the text alone."""
+    paragraphs, grouped to some 4 KiB at boundaries that depend on the text alone."""
     separator: str | None = None
     """text: a line that stands alone between documents, such as "<|endoftext|>"; wins over `documents`."""
     errors: Literal["strict", "replace"] = "strict"

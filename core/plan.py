@@ -165,7 +165,9 @@ def _unused_options(
 
 
 def _clashes(chosen: list[Strategy]) -> list[str]:
-    names, slots, problems = {s.name for s in chosen}, {}, []
+    names = {s.name for s in chosen}
+    slots: dict[str, str] = {}
+    problems = []
     for strategy in chosen:
         if strategy.slot and strategy.slot in slots:
             other = slots[strategy.slot]
@@ -262,7 +264,7 @@ def _call(plan: Plan, hook: str, facts: Facts) -> list[tuple[Strategy, Any]]:
         if function is None or marker is None:
             continue
         given = {"plan": plan, "facts": facts}
-        names = function.__code__.co_varnames[1 : function.__code__.co_argcount]  # type: ignore[attr-defined]
+        names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
         try:
             answer = function(**{name: given[name] for name in names})
         except TightfitError:

@@ -75,7 +75,7 @@ def pictures(train: dict[str, list[float]], val: dict[str, list[float]]) -> dict
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
         "svg.hashsalt": "tightfit",  # equal curves give equal bytes
         "font.size": 10,

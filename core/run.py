@@ -100,6 +100,7 @@ def save_model(
         state.pop("lm_head.weight")
     with new_folder(folder) as new:
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # safetensors gives 0600, which a shared cache cannot read
         write_json(new / "config.json", {"format": 1, "model": config.to_dict(), **facts})
         shutil.copytree(tokenizer, new / "tokenizer")
 
@@ -128,7 +129,7 @@ def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
         embedding = (
             "model.embed_tokens.weight" if config.architecture == "qwen3" else "transformer.wte.weight"
         )
-        state["lm_head.weight"] = state.get(embedding)
+        state |= {"lm_head.weight": state[embedding]} if embedding in state else {}
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as e:

@@ -51,6 +51,8 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
     build = build_training(project, plan, hook, accelerator, shards.manifest["n_vocab"], progress.say)
     config: ModelConfig = accelerator.unwrap_model(build.model).config
     card, (peak, peak_source) = CardMonitor(accelerator.device), peak_flops(plan, accelerator.device)
+    for split in (shards, held_out):
+        check_length(split, config.block_size)
     windows = Windows(shards, config.block_size, project.params.seed)
     batches = micro_batches(
         windows,
@@ -229,7 +231,11 @@ def build_training(
     say: Callable[[str], None],
 ) -> Build:
     """Model and optimizer, wrapped by strategies and accelerate, in that order."""
+    import torch
+
     from core.model import build_model
+
+    torch.manual_seed(project.params.seed + accelerator.process_index)  # dropout
 
     params = project.params.train
     config = ModelConfig.resolve(project.params.model, n_vocab)
@@ -288,6 +294,15 @@ class Budget:
             return seconds / step * (self.steps - step)
         assert self.seconds is not None
         return max(0.0, self.seconds - seconds)
+
+
+def check_length(split: TokenShards, block_size: int) -> None:
+    """Raise UserError where a split does not hold one window of T + 1 tokens."""
+    if not any(len(shard) > block_size for shard in split.shards):
+        raise UserError(
+            f"the {split.split} tokens, {split.n_tokens:,}, are shorter than one context of {block_size}: add text, or "
+            "set a smaller model.block_size"
+        )
 
 
 def check_first_loss(loss: float, vocab_size: int) -> None:

@@ -8,7 +8,6 @@ def hardware_profiles():
     return HardwareProfile(
         name="cpu",
         device="cpu",
-        strategies=("bf16?", "accumulation", "loader"),
-        options={"accumulation": {"max_micro_batch_tokens": 4096}},
-        source="bench/cpu_micro_batch.py",
+        strategies=("threads", "bf16?", "accumulation", "loader"),
+        options={"accumulation": {"max_micro_batch_tokens": 2048}},  # bench/cpu_micro_batch.py
     )

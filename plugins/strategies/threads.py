@@ -1,0 +1,28 @@
+"""How long a CPU thread spins at the end of a parallel loop before it sleeps.
+
+OpenMP's default spins for so long that training on all cores slows down many times over as soon as any other program
+wants one of them; a short spin costs nothing on an idle machine (bench/threads.py, docs/measurements/threads.md).
+"""
+
+from core.hookspecs import Phase, Strategy, hookimpl
+
+
+class Threads(Strategy):
+    name, phase, slot = "threads", Phase.ENV, "threads"
+    # In libgomp's busy-loop rounds; its default is 300,000 (GCC's libgomp manual, GOMP_SPINCOUNT).
+    defaults = {"spin_count": 1000}
+
+    def available(self, facts, profile):
+        return None if profile.device == "cpu" else "the card does the work, not the CPU's threads"
+
+    @hookimpl
+    def configure_env(self, plan, facts):
+        reason = "a thread that waits gives its core to other programs soon"
+        if facts.os in ("windows", "macos"):  # there torch uses Intel's or LLVM's OpenMP; 1 ms instead of 200
+            return {"KMP_BLOCKTIME": ("1", reason)}
+        return {"GOMP_SPINCOUNT": (str(self.opts(plan)["spin_count"]), reason)}
+
+
+@hookimpl
+def strategies():
+    return Threads()

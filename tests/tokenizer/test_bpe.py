@@ -1,0 +1,114 @@
+"""The BPE trainer: right merges, whatever the order, whatever the text."""
+
+import random
+import sys
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import regex
+from helpers import sample_text
+
+from core import bpe
+
+
+def merges(ranks):
+    return [token for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if rank >= 256]
+
+
+def test_hand_computed_example():
+    # hug 10, pug 5, hugs 5 → ug occurs 20 times, then hug 15 (p+ug 5), then hugs 5 and pug 5: the smaller ids first.
+    texts = ["hug"] * 10 + ["pug"] * 5 + ["hugs"] * 5
+    assert merges(bpe.train(texts, 260)) == [b"ug", b"hug", b"pug", b"hugs"]
+
+
+def test_overlapping_runs_merge_from_the_left():
+    # aa|aa|a: of aa+aa and aa+a, once each, the smaller ids win.
+    assert merges(bpe.train(["aaaaa"], 300)) == [b"aa", b"aaa", b"aaaaa"]
+
+
+def test_equals_a_slow_trainer():
+    text = sample_text(6_000, seed=3)
+    assert bpe.train([text], 600) == slow_train(text, 600)
+
+
+def slow_train(text, vocab_size):
+    """The definition: count all pairs anew for every merge."""
+    words = Counter(regex.findall(bpe.SPLIT, text))
+    words = [([*piece.encode()], n) for piece, n in words.items()]
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for ids, n in words:
+            for pair in pairwise(ids):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        for ids, _ in words:
+            for i in range(len(ids) - 1):
+                if tuple(ids[i : i + 2]) == best:
+                    ids[i : i + 2] = [len(tokens)]
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def test_order_of_texts_does_not_matter():
+    texts = sample_text(30_000, seed=4).split("\n\n")
+    shuffled = random.Random(5).sample(texts, len(texts))
+    assert bpe.train(texts, 700) == bpe.train(shuffled, 700)
+
+
+def test_exact_size_and_fewer_from_a_small_corpus():
+    ranks = bpe.train([sample_text(30_000, seed=6)], 555)
+    assert sorted(ranks.values()) == list(range(555))
+    assert len(bpe.train(["ab"], 1000)) == 257
+    assert len(bpe.train([], 1000)) == len(bpe.train(["", "x"], 1000)) == 256
+
+
+def test_merges_stay_within_pieces():
+    compiled = regex.compile(bpe.SPLIT)
+    for token in merges(bpe.train([sample_text(20_000, seed=7) + "\n  x = y[0];\r\n" * 50], 800)):
+        text = token.decode("utf-8", errors="ignore")
+        assert len(compiled.findall(text)) <= 1, token
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("Bakı'nın küçəsi", ["Bakı", "'nın", " küçəsi"]),
+        ("don't (stop)", ["don", "'t", " (", "stop", ")"]),
+        ("in 1918, 3.5", ["in", " 19", "18", ",", " 3", ".", "5"]),
+        ("a.\r\n\r\n    b  c", ["a", ".\r\n\r\n", "    ", "b", "  ", "c"]),
+        ("i̇ş हिन्दी", ["i̇ş", " हिन्दी"]),
+        ("x\x00\ufffdy\u2028z", ["x", "\x00\ufffd", "y", "\u2028z"]),
+    ],
+)
+def test_split(text, pieces):
+    assert regex.findall(bpe.SPLIT, text) == pieces
+
+
+def test_split_loses_no_character():
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1, 7)]))
+    shuffled = "".join(random.Random(8).sample(everything, len(everything)))
+    for text in (everything, shuffled):
+        assert "".join(regex.findall(bpe.SPLIT, text)) == text
+
+
+def test_long_pieces_are_learned_in_parts():
+    pieces = bpe.count_pieces(["a" * 1_000_000, " " * 1000])
+    assert max(map(len, pieces)) == bpe.LONGEST
+    assert sum(len(piece) * n for piece, n in pieces.items()) == 1_001_000
+    assert b"a" * bpe.LONGEST in bpe.train(["a" * 1_000_000], 300)
+
+
+def test_piece_counter_is_bounded_and_keeps_the_commonest(monkeypatch):
+    monkeypatch.setattr(bpe, "MAX_PIECES", 1000)
+    rare = [f"{a}{b}{c}" for a in "abcdefghij" for b in "abcdefghijklmnop" for c in "abcdefghijklmnop"]
+    pieces = bpe.count_pieces([f" common {word}" for word in rare])
+    assert len(pieces) <= 1000
+    assert pieces[" common"] == len(rare)
+    first_letters = {piece[1] for piece in pieces if len(piece) == 4}
+    assert len(first_letters) == 10, "the hash keeps words from all over the alphabet"
+
+
+def test_lone_surrogates_do_no_harm():
+    assert len(bpe.train(["a\ud800b" * 5], 258)) == 258
