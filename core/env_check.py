@@ -36,7 +36,7 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
         echo(line)
 
     problems: list[TightfitError] = []
-    plan = None
+    plan = params = None
     try:
         params = project.params
         registry = Registry.load(project)
@@ -53,7 +53,7 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
 
     hashes = known.get("hashes", {})
     inputs = None
-    if not any("params.yaml" in str(p) for p in problems):
+    if params is not None:
         from core.corpus import describe_inputs
 
         try:
@@ -114,8 +114,9 @@ def _key(facts: Facts) -> list[Any]:
 
 def _torch_says(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     """torch's own view: from the last look where nothing has changed, else by importing it."""
-    if known.get("key") == _key(facts):
-        return known["torch"]
+    settled = known.get("key") == _key(facts) and not known["torch"]["error"]
+    if settled and (known["torch"]["cuda_available"] or not facts.gpus or not facts.torch_cuda):
+        return known["torch"]  # a failure is asked about again: a restart can mend it
     if not facts.torch_version:
         return {"cuda_available": False, "arch_list": [], "cards": [], "error": "torch is not installed"}
     return probe_torch()
@@ -228,7 +229,7 @@ def machine_lines(project: Project, facts: Facts, torch_says: dict[str, Any]) ->
     if facts.gpus:
         lines.append(f"driver       {_driver()}")
     for i, gpu in enumerate(facts.gpus):
-        free = _free_vram(i)
+        free = _free_vram(gpu.nvml_index)
         lines.append(
             f"card {i}       capability {_capability(gpu.compute_capability)}, {gpu.vram_bytes / GIB:.2f} GiB"
             + (f", {free / GIB:.2f} free" if free else "")

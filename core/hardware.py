@@ -14,9 +14,11 @@ from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
 
 OPTIONAL_MODULES = ("triton", "bitsandbytes")
 
-# fp32-accumulating tensor FLOP per clock and SM, by compute capability; the products with SM count and boost clock
-# reproduce the whitepapers' 71 TFLOP/s (RTX 3090), 165 (RTX 4090), 312 (A100), 989 (H100) and 65 (T4).
-TENSOR_FLOPS_PER_CLOCK = {(7, 5): 1024, (8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096}
+# fp32-accumulating tensor FLOP per clock and SM, by compute capability. GeForce cards run it at half the rate of
+# professional ones with the same chip. The products with SM count and boost clock reproduce the whitepapers' 71
+# TFLOP/s (RTX 3090), 165 (RTX 4090), 53.8 (RTX 2080 Ti), 125 (A10), 312 (A100), 989 (H100) and 65 (T4).
+TENSOR_FLOPS_PER_CLOCK = {(7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (8, 7): 1024, (8, 9): 1024, (9, 0): 4096}
+GEFORCE_HALF = {(7, 5), (8, 6), (8, 9)}
 CUDA_CORES_PER_SM = {(7, 5): 64, (8, 0): 64}  # 128 from 8.6 on
 
 
@@ -52,7 +54,12 @@ def _nvml_gpus() -> list[Gpu]:
         return []
     gpus = []
     for i in range(pynvml.nvmlDeviceGetCount()):
-        card = pynvml.nvmlDeviceGetHandleByIndex(i)
+        try:
+            card = pynvml.nvmlDeviceGetHandleByIndex(i)
+            name, memory = pynvml.nvmlDeviceGetName(card), pynvml.nvmlDeviceGetMemoryInfo(card).total
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(card))
+        except pynvml.NVMLError:  # a card that fell off the bus, or one without memory of its own
+            continue
 
         def ask(function: Any, *args: Any, card: Any = card) -> Any:
             try:
@@ -60,14 +67,13 @@ def _nvml_gpus() -> list[Gpu]:
             except pynvml.NVMLError:  # laptops and old drivers leave some questions unanswered
                 return 0
 
-        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(card))
-        cores_per_sm = CUDA_CORES_PER_SM.get(capability, 128)
         gpus.append(
             Gpu(
-                name=_text(pynvml.nvmlDeviceGetName(card)),
-                vram_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(card).total),
+                name=_text(name),
+                vram_bytes=int(memory),
                 compute_capability=capability,
-                sm_count=ask(pynvml.nvmlDeviceGetNumGpuCores) // cores_per_sm,
+                nvml_index=i,
+                sm_count=ask(pynvml.nvmlDeviceGetNumGpuCores) // CUDA_CORES_PER_SM.get(capability, 128),
                 clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
                 memory_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_MEM),
                 memory_bus_bits=ask(pynvml.nvmlDeviceGetMemoryBusWidth),
@@ -141,7 +147,7 @@ def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[
     if not facts.torch_cuda:
         return profiles["cpu"], (
             f"{gpu.name} is here, but torch {facts.torch_version} is a CPU-only build and cannot use it; "
-            "install one with CUDA (README, 'torch came without CUDA')"
+            "install one with CUDA (README, 'When torch came without CUDA')"
         )
     vram_gib = gpu.vram_bytes / GIB
     matching = [p for p in profiles.values() if p.match and re.search(p.match, gpu.name, re.I)]
@@ -156,11 +162,13 @@ def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[
 def derive_profile(gpu: Gpu) -> HardwareProfile:
     """A profile for an unknown card, from SM count, clocks, memory bus and compute capability.
 
-    Rates: SMs x FLOP per clock x clock; half of it for fp32 outside tensor cores (two FLOP per CUDA core and clock).
+    Rates: SMs x FLOP per clock x clock; fp32 outside tensor cores: two FLOP per CUDA core and clock.
     Bandwidth: two transfers per memory clock x bus width. Zero where the driver does not tell.
     """
     capability = gpu.compute_capability
-    per_clock = TENSOR_FLOPS_PER_CLOCK.get(capability, 512 if capability >= (8, 0) else 0)
+    per_clock = TENSOR_FLOPS_PER_CLOCK.get(capability, 1024 if capability >= (8, 0) else 0)
+    if "GeForce" in gpu.name and (capability in GEFORCE_HALF or capability >= (10, 0)):
+        per_clock //= 2
     if capability == (7, 5) and "GTX" in gpu.name:
         per_clock = 0  # GTX 16xx has no tensor cores
     clock = gpu.clock_mhz * 1e6

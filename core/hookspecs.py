@@ -76,6 +76,8 @@ class Gpu:
     clock_mhz: int = 0
     memory_clock_mhz: int = 0
     memory_bus_bits: int = 0
+    nvml_index: int = 0
+    """NVML counts every card, whatever CUDA_VISIBLE_DEVICES says."""
 
 
 @dataclass(frozen=True)

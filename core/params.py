@@ -222,9 +222,14 @@ class Params(Section):
 def load_params(path: Path) -> Params:
     """Read and validate params.yaml.
 
-    Raises UserError with every problem: the key, the bad value and the remedy.
+    Raises UserError with every problem: the key, the bad value and the remedy. What two keys of a section must have
+    in common is checked once each of them is right by itself.
     """
     raw = _read_yaml(path)
+    if raw is None:
+        raise UserError(
+            f"{path.name} is empty: it should hold `key: value` sections, as the repository's does"
+        )
     if not isinstance(raw, dict):
         raise UserError(f"{path.name}: expected `key: value` sections, found {type(raw).__name__}")
     try:
@@ -273,6 +278,12 @@ def _line(error: Any, loc: tuple) -> str:
         return f"{key}: unknown key.{did_you_mean(str(loc[-1]), known)} Known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{key}: missing"
+    if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        empty = error["input"] is None
+        found = "is empty" if empty else repr(error["input"])
+        return f"{key}: {found}; should hold keys, as in `{loc[-1]}: {{key: value}}`"
+    if error["type"] == "invalid_key":
+        return f"{key}: keys should be words, not {type(loc[-1]).__name__}"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     return f"{key}: {error['input']!r} should be {_expected(error)}"

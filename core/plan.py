@@ -104,7 +104,7 @@ def _choose_strategies(plan: Plan, hardware: HardwareParams, facts: Facts, regis
         if strategy is None:
             problems.append(registry.unknown_strategy(name, key))
             continue
-        why_not = strategy.available(facts, profile)
+        why_not = _guarded(strategy, "available", strategy.available, facts=facts, profile=profile)
         if why_not and optional:
             plan.skipped[name] = why_not
         elif why_not:
@@ -112,6 +112,13 @@ def _choose_strategies(plan: Plan, hardware: HardwareParams, facts: Facts, regis
         else:
             chosen.append(strategy)
 
+    named = {entry.rstrip("?") for entry in profile.strategies}
+    for name in profile.options:
+        if name not in named:
+            near = did_you_mean(name, named)
+            problems.append(
+                f"profile {profile.name!r} has options for {name!r}, which is none of its strategies.{near}"
+            )
     for strategy in chosen:
         plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
     problems += _unused_options(hardware, plan, chosen, registry)
@@ -143,7 +150,7 @@ def _options(
             )
             if not right:
                 problems.append(
-                    f"{source}.{key}: {value!r} should be a {type(default).__name__} such as {default!r}"
+                    f"{source}.{key}: {value!r} should be of type {type(default).__name__}, such as {default!r}"
                 )
             merged[key] = value
     return merged
@@ -230,7 +237,10 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
     plan.set("dtype", "fp32", reason="no precision strategy is on", by=core)
     plan.set("batch_tokens", params.train.batch_tokens, reason="train.batch_tokens", by=core)
     per_process = plan.sequences // plan.num_processes
-    plan.set("micro_batch", per_process, reason="the whole batch at once: accumulation is off", by=core)
+    if plan.micro_batch is not None:
+        plan.set("micro_batch", plan.micro_batch, reason="train.micro_batch", by=core)
+    else:
+        plan.set("micro_batch", per_process, reason="the whole batch at once: accumulation is off", by=core)
     plan.set("gradient_accumulation_steps", 1, reason="accumulation is off", by=core)
     plan.set("num_workers", 0, reason="loader is off: batches are read in the training process", by=core)
     plan.set("pin_memory", False, reason="loader is off", by=core)
@@ -238,8 +248,15 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
 
     _call(plan, "adjust_plan", facts)
     for strategy, variables in _call(plan, "configure_env", facts):
-        for variable, (value, reason) in variables.items():
-            _set_env(plan, facts, variable, value, reason, strategy.name)
+        for variable, choice in variables.items():
+            if not (
+                isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(c, str) for c in choice)
+            ):
+                raise PluginError(
+                    f"strategy {strategy.name!r}: configure_env() must return {{variable: (value, reason)}}, "
+                    f"two strings; {variable} is {choice!r}"
+                )
+            _set_env(plan, facts, variable, *choice, by=strategy.name)
     problems = [problem for _, answer in _call(plan, "check_plan", facts) for problem in many(answer)]
     if plan["micro_batch"] * plan["gradient_accumulation_steps"] != per_process:
         problems.append(
@@ -265,26 +282,29 @@ def _call(plan: Plan, hook: str, facts: Facts) -> list[tuple[Strategy, Any]]:
             continue
         given = {"plan": plan, "facts": facts}
         names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-        try:
-            answer = function(**{name: given[name] for name in names})
-        except TightfitError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"strategy {strategy.name!r}: {hook}() failed: {type(error).__name__}: {error}"
-            ) from error
+        answer = _guarded(strategy, hook, function, **{name: given[name] for name in names})
         if answer is not None:
             answers.append((strategy, answer))
     return answers
 
 
+def _guarded(strategy: Strategy, what: str, function: Callable[..., Any], **given: Any) -> Any:
+    """Call a plugin's code; an error of its own becomes one that names the plugin."""
+    try:
+        return function(**given)
+    except TightfitError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"strategy {strategy.name!r}: {what}() failed: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _set_env(plan: Plan, facts: Facts, variable: str, value: str, reason: str, by: str) -> None:
     """Add a variable to the plan. The user's own value wins; two strategies must agree."""
-    if variable in facts.environ:
-        if facts.environ[variable] != value:
-            plan.notes.append(
-                f"{variable}={facts.environ[variable]} from your environment wins over {value} ({by})"
-            )
+    theirs = facts.environ.get(variable, value)
+    if theirs != value:
+        plan.notes.append(f"{variable}={theirs} from your environment wins over {value} ({by})")
         return
     known = plan.env.get(variable)
     if known and known.value != value:
@@ -297,7 +317,8 @@ def _set_env(plan: Plan, facts: Facts, variable: str, value: str, reason: str, b
 def apply_env(plan: Plan, environ: MutableMapping[str, str] | None = None) -> None:
     """Put the plan's variables into the environment of this process. Call it before torch is imported."""
     environ = os.environ if environ is None else environ
-    if "torch" in sys.modules and any("ALLOC_CONF" in variable for variable in plan.env):
+    changed = [variable for variable, choice in plan.env.items() if environ.get(variable) != choice.value]
+    if "torch" in sys.modules and any("ALLOC_CONF" in variable for variable in changed):
         raise AssertionError("the allocator's settings must be in the environment before torch is imported")
     environ.update({variable: choice.value for variable, choice in plan.env.items()})
 

@@ -19,7 +19,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ from core.hookspecs import (
     PROJECT,
     DiscoverySpecs,
     HardwareProfile,
+    Phase,
     RuntimeSpecs,
     Strategy,
 )
@@ -73,7 +74,7 @@ class Registry:
         self.profiles: dict[str, HardwareProfile] = {}
         self.strategies: dict[str, Strategy] = {}
         self._owner: dict[tuple[str, str], Plugin] = {}
-        self._disabled = {name for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name}
+        self._disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
 
     @classmethod
     def load(cls, project: Project, entry_points: bool = True) -> Registry:
@@ -92,11 +93,13 @@ class Registry:
         self._add(name, lambda: _import_file(path, name))
 
     def _add_entry_points(self) -> None:
+        seen = set()  # a distribution is listed once per sys.path entry that has it
         for distribution in importlib.metadata.distributions():
-            for entry in distribution.entry_points:
+            package = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+            for entry in distribution.entry_points if package not in seen else ():
                 if entry.group == PROJECT:
-                    name = f"{distribution.metadata['Name']}/{entry.name}"
-                    self._add(name, entry.load, distribution.version)
+                    self._add(f"{package}/{entry.name}", entry.load, distribution.version)
+            seen.add(package)
 
     def _add(self, name: str, load: Callable[[], Any], version: str = "") -> None:
         plugin = Plugin(name, version)
@@ -114,23 +117,26 @@ class Registry:
                 )
             plugin.sha256 = _source_sha256(module)
             profiles, strategies = _declared(module, name)
-            self._claim("hardware profile", {p.name: p for p in profiles}, self.profiles, plugin)
-            self._claim("strategy", {s.name: s for s in strategies}, self.strategies, plugin)
+            self._claim("hardware profile", profiles, self.profiles, plugin)
+            self._claim("strategy", strategies, self.strategies, plugin)
             plugin.profiles = [p.name for p in profiles]
             plugin.strategies = [s.name for s in strategies]
-        except Exception as error:  # whatever a plugin does, the others still load
+        except (Exception, SystemExit) as error:  # whatever a plugin does, the others still load
             plugin.error = str(error) if isinstance(error, PluginError) else _where_it_failed(error, name)
 
-    def _claim(self, kind: str, found: Mapping[str, Any], known: dict[str, Any], plugin: Plugin) -> None:
-        for name in found:
+    def _claim(self, kind: str, found: list[Any], known: dict[str, Any], plugin: Plugin) -> None:
+        names = [thing.name for thing in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise PluginError(f"{plugin.name}: declares the {kind} {name!r} twice. Rename one of them.")
             if name in known:
                 other = self._owner[kind, name].name
                 raise PluginError(
                     f"{plugin.name}: {kind} {name!r} is already defined by {other}. Rename it, or switch the other "
                     f"off with the environment variable {DISABLE_VARIABLE}={other}"
                 )
-        known.update(found)
-        self._owner.update({(kind, name): plugin for name in found})
+        known.update({thing.name: thing for thing in found})
+        self._owner.update({(kind, name): plugin for name in names})
 
     def profile(self, name: str) -> HardwareProfile:
         """Look up a hardware profile. Raises PluginError with the nearest name."""
@@ -182,7 +188,9 @@ def _source_sha256(module: Any) -> str:
 def _declared(module: Any, name: str) -> tuple[list[HardwareProfile], list[Strategy]]:
     """Check a plugin module and return what it declares. Raises PluginError."""
     wanted = getattr(module, "PLUGIN_API", API_VERSION)
-    if wanted[0] != API_VERSION[0] or tuple(wanted) > API_VERSION:
+    if not (isinstance(wanted, tuple) and len(wanted) == 2 and all(isinstance(n, int) for n in wanted)):
+        raise PluginError(f"{name}: PLUGIN_API {wanted!r} must be a pair of numbers such as {API_VERSION}.")
+    if wanted[0] != API_VERSION[0] or wanted > API_VERSION:
         raise PluginError(
             f"{name}: wants plugin API {'.'.join(map(str, wanted))}, this version offers "
             f"{'.'.join(map(str, API_VERSION))}."
@@ -213,7 +221,11 @@ def _check_hooks(thing: Any, label: str, hooks: Mapping[str, list[str]], elsewhe
                     f"{_line_of(function)}: {label}: {attribute}() lacks @hookimpl, so it would never be called."
                 )
             continue
-        hook = marker.get("specname") or attribute
+        if marker.get("specname"):
+            raise PluginError(
+                f"{_line_of(function)}: {label}: name the method {marker['specname']}() instead of using specname."
+            )
+        hook = attribute
         if hook not in known and marker.get("optionalhook"):
             continue
         if hook not in known:
@@ -256,37 +268,60 @@ def _profile(value: Any, name: str) -> HardwareProfile:
         value = HardwareProfile(**value)
     if not isinstance(value, HardwareProfile):
         raise PluginError(f"{name}: hardware_profiles() must return HardwareProfile or dict, not {value!r}.")
-    problems = []
-    if (
-        not isinstance(value.name, str)
-        or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", value.name)
-        or value.name == "auto"
-    ):
-        problems.append(
-            f"name {value.name!r} must be lower case letters, digits, '_', '-', '.', and not 'auto'"
-        )
-    if value.device not in ("cuda", "cpu"):
-        problems.append(f"device {value.device!r} must be 'cuda' or 'cpu'")
-    if value.device == "cuda" and not value.vram_gib > 0:
-        problems.append("vram_gib is missing: the card's memory in GiB")
-    if value.device == "cuda" and not (
-        len(value.compute_capability) == 2 and value.compute_capability[0] >= 3
-    ):
-        problems.append(f"compute_capability {value.compute_capability!r} must be a pair such as (8, 6)")
-    if not 0 < value.vram_budget <= 1:
-        problems.append(f"vram_budget {value.vram_budget!r} must be a share between 0 and 1")
-    if isinstance(value.strategies, str):
-        problems.append(f"strategies {value.strategies!r} must be a tuple of names: ({value.strategies!r},)")
-    try:
-        re.compile(value.match)
-    except re.error as e:
-        problems.append(f"match {value.match!r} is no regular expression: {e}")
-    unknown_dtypes = set(value.tflops) - {"fp32", "fp16", "bf16"}
-    if unknown_dtypes:
-        problems.append(f"tflops has {sorted(unknown_dtypes)}; known: fp32, fp16, bf16")
+    if isinstance(value.compute_capability, list):  # as JSON has it
+        value = replace(value, compute_capability=tuple(value.compute_capability))
+    problems = _wrong_types(value) or _wrong_values(value)
     if problems:
         raise PluginError(f"{name}: hardware profile {value.name!r}: " + "; ".join(problems))
     return value
+
+
+def _wrong_types(p: HardwareProfile) -> list[str]:
+    def number(x: Any) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool)
+
+    capability, problems = p.compute_capability, []
+    for key in ("name", "device", "match", "source"):
+        if not isinstance(getattr(p, key), str):
+            problems.append(f"{key} {getattr(p, key)!r} must be a string")
+    for key in ("vram_gib", "bandwidth_gbs", "vram_budget"):
+        if not number(getattr(p, key)):
+            problems.append(f"{key} {getattr(p, key)!r} must be a number")
+    if not (
+        isinstance(capability, tuple) and len(capability) == 2 and all(isinstance(n, int) for n in capability)
+    ):
+        problems.append(f"compute_capability {capability!r} must be a pair such as (8, 6)")
+    if not (isinstance(p.tflops, Mapping) and all(number(rate) for rate in p.tflops.values())):
+        problems.append(f"tflops {p.tflops!r} must be numbers by dtype, such as {{'bf16': 30.2}}")
+    if not (isinstance(p.options, Mapping) and all(isinstance(o, Mapping) for o in p.options.values())):
+        problems.append(f"options {p.options!r} must be {{strategy: {{option: value}}}}")
+    return problems
+
+
+def _wrong_values(p: HardwareProfile) -> list[str]:
+    problems = []
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", p.name) or p.name == "auto":
+        problems.append(f"name {p.name!r} must be lower case letters, digits, '_', '-', '.', and not 'auto'")
+    if p.device not in ("cuda", "cpu"):
+        problems.append(f"device {p.device!r} must be 'cuda' or 'cpu'")
+    if p.device == "cuda" and not p.vram_gib > 0:
+        problems.append("vram_gib is missing: the card's memory in GiB")
+    if p.device == "cuda" and p.compute_capability[0] < 3:
+        problems.append(f"compute_capability {p.compute_capability!r} must be a pair such as (8, 6)")
+    if not 0 < p.vram_budget <= 1:
+        problems.append(f"vram_budget {p.vram_budget!r} must be a share between 0 and 1")
+    if isinstance(p.strategies, str):
+        problems.append(f"strategies {p.strategies!r} must be a tuple of names: ({p.strategies!r},)")
+    elif not (isinstance(p.strategies, list | tuple) and all(isinstance(s, str) for s in p.strategies)):
+        problems.append(f"strategies {p.strategies!r} must be a tuple of names")
+    try:
+        re.compile(p.match)
+    except re.error as e:
+        problems.append(f"match {p.match!r} is no regular expression: {e}")
+    unknown_dtypes = set(p.tflops) - {"fp32", "fp16", "bf16"}
+    if unknown_dtypes:
+        problems.append(f"tflops has {sorted(unknown_dtypes)}; known: fp32, fp16, bf16")
+    return problems
 
 
 def _strategy(value: Any, name: str) -> Strategy:
@@ -299,10 +334,22 @@ def _strategy(value: Any, name: str) -> Strategy:
             f"{name}: strategies() must return Strategy instances whose name is lower case letters, digits, '_', '-' "
             f"or '.', not {getattr(value, 'name', value)!r}."
         )
+    problems = []
     if value.affects not in ("recipe", "execution"):
-        raise PluginError(
-            f"{name}: strategy {value.name!r}: affects {value.affects!r} must be 'recipe' or 'execution'"
-        )
+        problems.append(f"affects {value.affects!r} must be 'recipe' or 'execution'")
+    if not isinstance(value.phase, Phase):
+        problems.append(f"phase {value.phase!r} must be one of Phase: {', '.join(p.name for p in Phase)}")
+    for key in ("requires", "after"):
+        given = getattr(value, key)
+        if not isinstance(given, list | tuple) or not all(isinstance(s, str) for s in given):
+            problems.append(f"{key} {given!r} must be a tuple of names, such as ('bf16',)")
+    for key in ("conflicts", "defaults"):
+        if not isinstance(getattr(value, key), Mapping):
+            problems.append(f"{key} {getattr(value, key)!r} must be a dict")
+    if not isinstance(value.slot, str):
+        problems.append(f"slot {value.slot!r} must be a string")
+    if problems:
+        raise PluginError(f"{name}: strategy {value.name!r}: " + "; ".join(problems))
     _check_hooks(
         value,
         f"strategy {value.name!r}",
@@ -324,7 +371,7 @@ def _line_of(function: Any) -> str:
     return f"{_short(code.co_filename)}:{code.co_firstlineno}"
 
 
-def _where_it_failed(error: Exception, name: str) -> str:
+def _where_it_failed(error: BaseException, name: str) -> str:
     """`file:line: what`, where the line is the deepest one outside the import machinery."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{_short(error.filename)}:{error.lineno}: SyntaxError: {error.msg}"

@@ -10,6 +10,7 @@ from core.hookspecs import Phase, Strategy, hookimpl
 
 # max_split_size_mb by VRAM up to so many GiB: the RTX 4060 guide's table ("PyTorch GPU Optimizasyon Rehberi").
 SPLIT_SIZES = ((6.5, 64), (10, 128), (20, 256), (float("inf"), 512))
+VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Allocator(Strategy):
@@ -36,7 +37,15 @@ class Allocator(Strategy):
             value = f"max_split_size_mb:{split}"
             why = "it is switched off" if facts.os == "linux" else f"{facts.os} does not support it"
             reason = f"for {plan.profile.vram_gib:g} GiB; no expandable_segments: {why}"
-        return dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), (value, reason))
+        theirs = next((name for name in VARIABLES if name in facts.environ), None)
+        if (
+            theirs and facts.environ[theirs] != value
+        ):  # both names must say the same: it goes to the other one too
+            plan.notes.append(
+                f"{theirs}={facts.environ[theirs]} from your environment wins over {value} ({self.name})"
+            )
+            value, reason = facts.environ[theirs], f"{theirs} of your environment, under both names"
+        return dict.fromkeys(VARIABLES, (value, reason))
 
     @hookimpl
     def check_plan(self, plan):

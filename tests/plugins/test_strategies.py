@@ -1,0 +1,251 @@
+"""Each bundled strategy by itself, its training hooks included where a CPU can call them."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import make_project
+
+import core
+from core.hookspecs import GIB, Facts, Gpu, HardwareProfile, Phase, Plan, Strategy
+from core.plan import resolve, runtime
+from core.plugins import Registry
+from core.project import Project
+
+REPO = Path(core.__file__).parents[1]
+BUNDLED = sorted(p.stem for p in (REPO / "plugins" / "strategies").glob("*.py"))
+CPU = HardwareProfile("a-cpu", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return Registry.load(Project(REPO), entry_points=False)
+
+
+def card(capability: tuple[int, int], vram_gib: float = 8) -> HardwareProfile:
+    return HardwareProfile("a-card", vram_gib=vram_gib, compute_capability=capability)
+
+
+def plan_with(
+    tmp_path: Path,
+    registry: Registry,
+    profile: HardwareProfile,
+    *names: str,
+    os: str = "linux",
+    **options: Any,
+) -> Plan:
+    """A plan with these strategies and no others."""
+    registry.profiles["made-up"] = HardwareProfile(
+        **{**vars(profile), "name": "made-up", "strategies": names}
+    )
+    params = make_project(tmp_path, hardware={"profile": "made-up", "options": options}).params
+    gpus = (Gpu("card", 8 * GIB, profile.compute_capability),) if profile.device == "cuda" else ()
+    try:
+        return resolve(params, Facts(os=os, gpus=gpus, cores=8, ram_bytes=8 * GIB, cpu_bf16=True), registry)
+    finally:
+        del registry.profiles["made-up"]
+
+
+# ---- all of them
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_declaration(registry: Registry, name: str) -> None:
+    strategy = registry.strategies[name]
+    assert isinstance(strategy, Strategy) and isinstance(strategy.phase, Phase)
+    assert strategy.affects == ("recipe" if name in ("bf16", "fp16") else "execution")
+    json.dumps(dict(strategy.defaults))
+    for other in (*strategy.requires, *strategy.conflicts, *strategy.after):
+        assert other in registry.strategies
+    for profile in registry.profiles.values():
+        why_not = strategy.available(Facts(), profile)
+        assert why_not is None or len(why_not) > 10
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_works_alone_somewhere(tmp_path: Path, registry: Registry, name: str) -> None:
+    strategy = registry.strategies[name]
+    profile = next(p for p in (card((8, 6)), CPU) if strategy.available(Facts(cpu_bf16=True), p) is None)
+    plan = plan_with(tmp_path, registry, profile, name)
+    assert [s.name for s in plan.active] == [name] and plan["micro_batch"] * plan[
+        "gradient_accumulation_steps"
+    ] == 8
+    runtime(plan)  # pluggy accepts its hooks
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("capability", "works"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)]
+)
+def test_bf16_by_real_capability(registry: Registry, capability: tuple[int, int], works: bool) -> None:
+    why_not = registry.strategies["bf16"].available(Facts(), card(capability))
+    assert (why_not is None) == works
+    assert works or "needs compute capability 8.0, a-card has 7.5; use fp16 or neither" in why_not
+
+
+def test_bf16_on_cpus(registry: Registry) -> None:
+    bf16 = registry.strategies["bf16"]
+    assert bf16.available(Facts(cpu_bf16=True), CPU) is None
+    assert "AVX512_BF16 or AMX" in bf16.available(Facts(cpu_bf16=False), CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "works"), [((5, 2), False), ((5, 3), True), ((7, 5), True), ((8, 6), True)]
+)
+def test_fp16_by_capability(registry: Registry, capability: tuple[int, int], works: bool) -> None:
+    assert (registry.strategies["fp16"].available(Facts(), card(capability)) is None) == works
+
+
+def test_bf16_tells_accelerate(tmp_path: Path, registry: Registry) -> None:
+    plan = plan_with(tmp_path, registry, card((8, 6)), "bf16")
+    assert plan["dtype"] == "bf16" and plan.values["dtype"].by == "bf16"
+    assert runtime(plan).hook.accelerator_kwargs(plan=plan) == [{"mixed_precision": "bf16"}]
+
+
+def test_fp16_scales_the_loss_with_its_options(tmp_path: Path, registry: Registry) -> None:
+    plan = plan_with(tmp_path, registry, card((7, 5)), "fp16", fp16={"init_scale": 1024.0})
+    (kwargs,) = runtime(plan).hook.accelerator_kwargs(plan=plan)
+    assert plan["dtype"] == "fp16" and kwargs["mixed_precision"] == "fp16"
+    (handler,) = kwargs["kwargs_handlers"]
+    assert type(handler).__name__ == "GradScalerKwargs"
+    assert (handler.init_scale, handler.growth_interval, handler.enabled) == (1024.0, 2000, True)
+
+
+def test_fp16_defaults_are_torchs_own(registry: Registry) -> None:
+    import inspect
+
+    from torch.amp import GradScaler
+
+    own = {name: p.default for name, p in inspect.signature(GradScaler).parameters.items()}
+    for name, value in registry.strategies["fp16"].defaults.items():
+        assert own[name] == value
+
+
+# ---- accumulation
+
+
+@pytest.mark.parametrize(("limit", "micro_batch"), [(0, 8), (255, 4), (64, 2), (1, 1)])
+def test_accumulation_keeps_to_its_limit(
+    tmp_path: Path, registry: Registry, limit: int, micro_batch: int
+) -> None:
+    options = {"max_micro_batch_tokens": limit}  # 8 sequences of 32 tokens
+    plan = plan_with(tmp_path, registry, CPU, "accumulation", accumulation=options)
+    assert (
+        plan["micro_batch"] == micro_batch and plan["micro_batch"] * plan["gradient_accumulation_steps"] == 8
+    )
+
+
+# ---- the allocator
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "split"),
+    [(2, 64), (6, 64), (6.5, 64), (8, 128), (10, 128), (16, 256), (20, 256), (24, 512), (80, 512)],
+)
+def test_allocator_splits_by_memory(tmp_path: Path, registry: Registry, vram_gib: float, split: int) -> None:
+    plan = plan_with(tmp_path, registry, card((8, 6), vram_gib), "allocator", os="windows")
+    assert {choice.value for choice in plan.env.values()} == {f"max_split_size_mb:{split}"}
+    assert f"for {vram_gib:g} GiB" in plan.env["PYTORCH_ALLOC_CONF"].reason
+    assert "windows does not support it" in plan.env["PYTORCH_ALLOC_CONF"].reason
+
+
+@pytest.mark.parametrize("name", ["allocator", "cleanup", "debug"])
+def test_card_strategies_say_so_on_a_cpu(registry: Registry, name: str) -> None:
+    assert "CPU" in registry.strategies[name].available(Facts(), CPU)
+
+
+# ---- threads
+
+
+def test_threads_spin_less_on_a_cpu_only(tmp_path: Path, registry: Registry) -> None:
+    plan = plan_with(tmp_path, registry, CPU, "threads", threads={"spin_count": 5})
+    assert {variable: choice.value for variable, choice in plan.env.items()} == {"GOMP_SPINCOUNT": "5"}
+    plan = plan_with(tmp_path, registry, CPU, "threads", os="windows")
+    assert {variable: choice.value for variable, choice in plan.env.items()} == {"KMP_BLOCKTIME": "1"}
+    assert registry.strategies["threads"].available(Facts(), card((8, 6)))
+
+
+# ---- the data loader
+
+
+@pytest.mark.parametrize(
+    ("profile", "system", "options", "expected"),
+    [
+        (card((8, 6)), "linux", {}, (2, True, True)),
+        (card((8, 6)), "windows", {}, (0, True, False)),
+        (card((8, 6)), "wsl", {}, (0, True, False)),
+        (CPU, "linux", {}, (0, False, False)),
+        (CPU, "linux", {"workers": 3}, (3, False, True)),
+        (card((8, 6)), "linux", {"workers": 0}, (0, True, False)),
+        (card((8, 6)), "windows", {"workers": 1, "persistent_workers": False}, (1, True, False)),
+        (card((8, 6)), "linux", {"pin_memory": False}, (2, False, True)),
+    ],
+)
+def test_loader(
+    tmp_path: Path, registry: Registry, profile: HardwareProfile, system: str, options: dict, expected: tuple
+) -> None:
+    plan = plan_with(tmp_path, registry, profile, "loader", os=system, loader=options)
+    assert tuple(plan[key] for key in ("num_workers", "pin_memory", "persistent_workers")) == expected
+    for key in options:
+        value = {"workers": "num_workers"}.get(key, key)
+        assert plan.values[value].reason in (f"loader.{key}", "starting workers again costs seconds")
+
+
+# ---- cleanup, with a stand-in for the card
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    import torch
+
+    made: list[str] = []
+
+    def record(name: str, answer: Any = None) -> Any:
+        def function(*args: Any) -> Any:
+            made.append(name)
+            return answer
+
+        return function
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", record("allocated", 3 * GIB))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", record("reserved", 4 * GIB))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", record("reset"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", record("empty"))
+    monkeypatch.setattr(gc, "collect", record("collect", 0))
+    return made
+
+
+def test_cleanup_logs_the_peak_and_then_resets_it(
+    tmp_path: Path, registry: Registry, calls: list[str]
+) -> None:
+    plan = plan_with(tmp_path, registry, card((8, 6)), "cleanup")
+    metrics: dict[str, float] = {}
+    build = SimpleNamespace(accelerator=SimpleNamespace(device="cuda:0"), say=lambda line: calls.append(line))
+    runtime(plan).hook.on_evaluate_end(build=build, step=7, metrics=metrics)
+    assert metrics == {"peak_allocated_gib": 3.0, "peak_reserved_gib": 4.0}
+    assert calls.index("reset") > max(calls.index("allocated"), calls.index("reserved"))
+    (line,) = [call for call in calls if call.startswith("step 7")]
+    assert "3.00 GiB allocated, 4.00 GiB reserved" in line
+
+
+def test_cleanup_collects_before_it_empties(tmp_path: Path, registry: Registry, calls: list[str]) -> None:
+    plan = plan_with(tmp_path, registry, card((8, 6)), "cleanup")
+    runtime(plan).hook.on_train_end(build=SimpleNamespace())
+    assert [call for call in calls if call in ("collect", "empty")] == ["collect", "empty"]
+
+
+# ---- debug
+
+
+def test_debug_reminds_at_every_evaluation(tmp_path: Path, registry: Registry) -> None:
+    plan = plan_with(tmp_path, registry, card((8, 6)), "debug")
+    said: list[str] = []
+    runtime(plan).hook.on_evaluate_end(build=SimpleNamespace(say=said.append), step=5, metrics={})
+    assert said == ["step 5: SLOW, the strategy debug is on"]
