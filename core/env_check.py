@@ -54,7 +54,7 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
     hashes = known.get("hashes", {})
     inputs = None
     if params is not None:
-        from core.corpus import describe_inputs
+        from core.sources import describe_inputs
 
         try:
             inputs = describe_inputs(project, hashes)

