@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from core.errors import MediaError, Stopped, TightfitError
+from core.errors import MediaError, Stopped, TightfitError, UserError
 from core.project import Project
 
 # Disk full, quota, read-only, I/O error; EDQUOT does not exist on Windows.
@@ -34,10 +34,8 @@ class Command(click.Command):
         debug = ctx.params.pop("debug")
         try:
             return super().invoke(ctx)
-        except (TightfitError, OSError, KeyboardInterrupt) as e:
-            if debug:
-                raise
-            problem = explain(e)
+        except (Exception, KeyboardInterrupt) as e:
+            problem = None if debug else explain(e)
             if problem is None:
                 raise
             click.echo(f"Error: {problem}", err=True)
@@ -56,7 +54,16 @@ def explain(error: BaseException) -> TightfitError | None:
             f"cannot write{where}: {error.strerror}. Free some room or fix the disk, then run again."
         )
     if isinstance(error, PermissionError):
-        return MediaError(f"no permission for {error.filename}: {error.strerror}.")
+        return MediaError(
+            f"no permission for {error.filename}: {error.strerror}. Close other programs that "
+            "have it open, or make it yours."
+        )
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        what = str(error).partition("\n")[0] or "RAM"
+        return UserError(
+            f"out of memory ({what}): set a smaller train.micro_batch (the batch stays what it is), model.block_size "
+            "or model.preset"
+        )
     return None
 
 

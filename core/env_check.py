@@ -6,6 +6,7 @@ torch is imported only when the machine has changed since the last look: what it
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -118,7 +119,7 @@ def _torch_says(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     if settled and (known["torch"]["cuda_available"] or not facts.gpus or not facts.torch_cuda):
         return known["torch"]  # a failure is asked about again: a restart can mend it
     if not facts.torch_version:
-        return {"cuda_available": False, "arch_list": [], "cards": [], "error": "torch is not installed"}
+        return {"cuda_available": False, "arch_list": [], "error": "torch is not installed"}
     return probe_torch()
 
 
@@ -127,15 +128,14 @@ def probe_torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as e:  # a broken install raises anything
-        return {"cuda_available": False, "arch_list": [], "cards": [], "error": f"{type(e).__name__}: {e}"}
-    says: dict[str, Any] = {"cuda_available": torch.cuda.is_available(), "cards": [], "error": ""}
-    says["arch_list"] = torch.cuda.get_arch_list() if says["cuda_available"] else []
-    if not says["cuda_available"]:
-        return says
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        says["cards"].append({"name": p.name, "capability": [p.major, p.minor], "vram_bytes": p.total_memory})
-    return says
+        return {"cuda_available": False, "arch_list": [], "error": f"{type(e).__name__}: {e}"}
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    available = torch.cuda.is_available()
+    return {
+        "cuda_available": available,
+        "arch_list": torch.cuda.get_arch_list() if available else [],
+        "error": "",
+    }
 
 
 def _driver() -> str:
@@ -148,6 +148,18 @@ def _driver() -> str:
     except pynvml.NVMLError:
         return ""
     return version if isinstance(version, str) else version.decode()
+
+
+def _driver_cuda() -> str:
+    """ ", CUDA up to 13.0": the newest CUDA that the driver serves."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetCudaDriverVersion()
+    except pynvml.NVMLError:
+        return ""
+    return f", CUDA up to {version // 1000}.{version % 1000 // 10}"
 
 
 def cannot_run(plan: Plan, facts: Facts, torch_says: dict[str, Any]) -> list[str]:
@@ -189,6 +201,10 @@ def cannot_run(plan: Plan, facts: Facts, torch_says: dict[str, Any]) -> list[str
                 f"hardware.profile: {name} has {plan.profile.vram_gib:g} GiB, "
                 f"{gpu.name} {gpu.vram_bytes / GIB:.1f}; {instead}"
             )
+    if plan.num_processes > 1 and facts.os == "windows":
+        problems.append(
+            "hardware.num_processes: torch trains with one card on Windows (no NCCL there); set it to 1"
+        )
     if plan.num_processes > len(facts.gpus):
         problems.append(
             f"hardware.num_processes: {plan.num_processes}, but the machine has {len(facts.gpus)} GPUs; set it to that"
@@ -227,7 +243,7 @@ def machine_lines(project: Project, facts: Facts, torch_says: dict[str, Any]) ->
         f"Python       {platform.python_version()} on {platform.system()} {platform.release()}",
     ]
     if facts.gpus:
-        lines.append(f"driver       {_driver()}")
+        lines.append(f"driver       {_driver()}{_driver_cuda()}")
     for i, gpu in enumerate(facts.gpus):
         free = _free_vram(gpu.nvml_index)
         lines.append(
@@ -279,7 +295,15 @@ def _facts_dict(facts: Facts) -> dict[str, Any]:
         "torch": facts.torch_version,
         "cuda_build": facts.torch_cuda,
         "driver": _driver(),
-        "gpus": [{"name": g.name, "vram_gib": round(g.vram_bytes / GIB, 2)} for g in facts.gpus],
+        "gpus": [
+            {
+                "name": g.name,
+                "vram_gib": round(g.vram_bytes / GIB, 2),
+                "capability": list(g.compute_capability),
+            }
+            for g in facts.gpus
+        ],
+        "triton": "triton" in facts.modules,
         "cores": facts.cores,
         "ram_gib": round(facts.ram_bytes / GIB, 1),
     }

@@ -1,14 +1,15 @@
-"""How good a model is: loss, perplexity and bits per byte on held-out text."""
+"""The stage evaluate: measure the final model, let it write, say what to think of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from core.batches import held_out_batches
+import numpy as np
+
 from core.files import read_json, write_json, write_text
+from core.measure import measure
 from core.plan import runtime
 from core.project import Project
 from core.tokenizer import Tokenizer
@@ -17,40 +18,6 @@ from core.tokens import TokenShards
 UNDER_TRAINED = 5  # tokens per parameter: a quarter of what is compute-optimal
 REPEATS_THAT_HELP = 4
 OVERFIT_GAP = 1.15  # held-out loss over training loss
-
-
-def measure(
-    model: Any, accelerator: Any, held_out: TokenShards, batch: int, max_tokens: int | None = None
-) -> dict[str, Any]:
-    """Predict every held-out token once, in windows of the model's context; `batch` sequences at a time.
-
-    Returns loss [nats per token], perplexity, bits_per_byte, tokens and bytes. Bits per byte is all nats, those of the
-    document separators included, over the bytes of the text: it compares across tokenizers. Uses no more memory than a
-    training step, since there are no gradients. Several processes share the work.
-    """
-    import torch
-
-    block_size = accelerator.unwrap_model(model).config.block_size
-    bytes_of = Tokenizer.load(held_out.folder / "tokenizer").token_bytes()
-    training, total = model.training, torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    tokens = text_bytes = 0
-    model.eval()
-    with torch.inference_mode():
-        for i, (x, y) in enumerate(held_out_batches(held_out, block_size, batch, max_tokens)):
-            tokens += y.size
-            text_bytes += int(bytes_of[y].sum())
-            if i % accelerator.num_processes == accelerator.process_index:
-                xs, ys = (torch.from_numpy(t).to(accelerator.device) for t in (x, y))
-                total += model(xs, ys).double()
-    model.train(training)
-    nats = accelerator.reduce(total, "sum").item()
-    return {
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700.0)),
-        "bits_per_byte": nats / math.log(2) / text_bytes,
-        "tokens": tokens,
-        "bytes": text_bytes,
-    }
 
 
 def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
@@ -74,7 +41,8 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     alone = replace(plan, num_processes=1)  # one process measures; the plan may train with several
     accelerator = make_accelerator(alone, runtime(plan).hook)
     model = accelerator.prepare(model)
-    result = measure(model, accelerator, held_out, plan["micro_batch"], params.max_tokens)
+    bytes_of = tokenizer.token_bytes()
+    result = measure(model, accelerator, held_out, bytes_of, plan["micro_batch"], params.max_tokens)
     config = accelerator.unwrap_model(model).config
     metrics = {
         "bits_per_byte": round(result["bits_per_byte"], 6),
@@ -142,15 +110,18 @@ def judge(metrics: dict[str, Any], trained: dict[str, Any]) -> list[str]:
 
 def opening_words(held_out: TokenShards, tokenizer: Tokenizer, n: int, length: int = 12) -> list[str]:
     """The first `length` tokens of n held-out documents, evenly spread."""
-    import numpy as np
-
     shard = held_out.shards[0]
     starts = np.flatnonzero(shard[: 1 << 24] == tokenizer.bos)
     starts = starts[starts + length < len(shard)]
     if not len(starts) or not n:
         return [""] * n
     chosen = starts[np.linspace(0, len(starts) - 1, min(n, len(starts))).astype(int)]
-    return [tokenizer.decode(shard[s + 1 : s + 1 + length]) for s in chosen]
+    openings = [shard[s + 1 : s + 1 + length] for s in chosen]
+    ends = [np.flatnonzero(ids == tokenizer.bos) for ids in openings]  # a short document ends before that
+    return [
+        tokenizer.decode(ids[: end[0] if len(end) else length])
+        for ids, end in zip(openings, ends, strict=True)
+    ]
 
 
 def samples_markdown(samples: list[tuple[str, str]]) -> str:

@@ -23,6 +23,8 @@ def write_text(path: Path, text: str) -> None:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
+        if path.exists():
+            path.chmod(0o644)  # Windows replaces no read-only file, and DVC's cache hands out such
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -49,18 +51,47 @@ def read_json(path: Path, made_by: str) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a private folder to fill; when the block ends well it replaces `path`, else it is removed."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yield a private folder to fill; when the block ends well it takes the place of `path`, else it is removed.
+
+    The old folder is moved aside before the new one takes its name, and deleted only then.
+    """
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    remove_folder(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
+        remove_folder(old)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         partial.replace(path)
+        remove_folder(old)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
+        if old.exists() and not path.exists():
+            old.replace(path)
         raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder if it is there, read-only files included: DVC's cache hands out such, and Windows minds."""
+
+    def make_writable_and_retry(function: Any, name: str, error: Any) -> None:
+        Path(name).chmod(0o700)
+        function(name)
+
+    if path.exists():
+        shutil.rmtree(path, onerror=make_writable_and_retry)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder's content; the copies are writable, whatever the source's mode."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def fsync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("r+b") as f:
+        os.fsync(f.fileno())
 
 
 def sha256_file(path: Path) -> str:

@@ -73,6 +73,7 @@ def _nvml_gpus() -> list[Gpu]:
                 vram_bytes=int(memory),
                 compute_capability=capability,
                 nvml_index=i,
+                uuid=_text(ask(pynvml.nvmlDeviceGetUUID) or ""),
                 sm_count=ask(pynvml.nvmlDeviceGetNumGpuCores) // CUDA_CORES_PER_SM.get(capability, 128),
                 clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
                 memory_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_MEM),
@@ -84,15 +85,17 @@ def _nvml_gpus() -> list[Gpu]:
 
 
 def _visible(gpus: list[Gpu], setting: str | None) -> tuple[Gpu, ...]:
-    """CUDA_VISIBLE_DEVICES by index, as CUDA reads it: up to the first entry that names no card."""
+    """CUDA_VISIBLE_DEVICES, by index or UUID, as CUDA reads it: up to the first entry that names no card."""
     if setting is None:
         return tuple(gpus)
     chosen = []
-    for entry in setting.split(","):
-        if not entry.strip().isdigit() or int(entry) >= len(gpus):
+    for entry in (e.strip() for e in setting.split(",")):
+        by_index = gpus[int(entry)] if entry.isdigit() and int(entry) < len(gpus) else None
+        by_uuid = next((g for g in gpus if entry.startswith("GPU-") and g.uuid.startswith(entry)), None)
+        if not (by_index or by_uuid):
             break
-        chosen.append(gpus[int(entry)])
-    return tuple(chosen) if chosen or not setting.startswith(("GPU-", "MIG-")) else tuple(gpus)
+        chosen.append(by_index or by_uuid)
+    return tuple(g for g in chosen if g)
 
 
 def torch_cuda_build() -> str | None:
@@ -185,3 +188,27 @@ def derive_profile(gpu: Gpu) -> HardwareProfile:
         strategies=(*([precision] if precision else []), "accumulation", "allocator", "loader", "cleanup"),
         source=f"derived from {gpu.name}: {gpu.sm_count} SMs at {gpu.clock_mhz} MHz",
     )
+
+
+def try_gpu(i: int = 0) -> Any:
+    """torch.device of GPU `i` where torch can use it, else of the CPU.
+
+    Raises UserError for an `i` that is no number from 0 up.
+    """
+    import torch
+
+    from core.errors import UserError
+
+    if not isinstance(i, int) or i < 0:
+        raise UserError(f"try_gpu: {i!r} should be the number of a GPU; the first is 0")
+    # device_count() alone counts cards that a missing or too old driver cannot use.
+    here = torch.cuda.is_available() and i < torch.cuda.device_count()
+    return torch.device("cuda", i) if here else torch.device("cpu")
+
+
+def try_all_gpus() -> list[Any]:
+    """torch.device of every GPU that torch can use, or [cpu] where there is none."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]

@@ -78,6 +78,7 @@ class Gpu:
     memory_bus_bits: int = 0
     nvml_index: int = 0
     """NVML counts every card, whatever CUDA_VISIBLE_DEVICES says."""
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,10 @@ class Build:
     plan: Plan
     accelerator: Any
     """The accelerate.Accelerator of this run."""
+    network: Any
+    """The bare network: its config is read and its weights are saved, whatever wraps it."""
     model: Any
+    """What is trained: the network, wrapped by strategies and accelerate."""
     optimizer: Any = None
     lr: float = 0.0
     """Peak learning rate, from params."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import Stopped, TightfitError, UserError
-from core.files import new_folder, read_json, write_json, write_text
+from core.errors import TightfitError, UserError
+from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import Plan
 from core.plan import apply_env, plan_dict, resolve
@@ -20,7 +21,8 @@ from core.project import Project
 from core.run import Run, fingerprint
 
 CURVE_ROWS = 1000
-LAUNCHED = "TIGHTFIT_LAUNCHED"  # set for the processes we start, which must not start others
+# Set for the processes we start, which must not start others: the file that takes their exit code.
+LAUNCHED = "TIGHTFIT_LAUNCHED"
 
 
 def planned(project: Project) -> tuple[Plan, Registry]:
@@ -31,17 +33,27 @@ def planned(project: Project) -> tuple[Plan, Registry]:
     written = read_json(project.plan, made_by="python -m stages.env_check")
     registry = Registry.load(project)
     plan = resolve(project.params, read_facts(), registry)
-    if plan_dict(plan, registry) != written:
+    if LAUNCHED not in os.environ and plan_dict(plan, registry) != written:
         raise UserError(
             "reports/plan.json does not match params.yaml, the plugins and this machine any more: run "
             "`python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # torch then counts the cards as the driver and we do
     return plan, registry
 
 
 def run_training(project: Project, echo: Callable[[str], None]) -> None:
     """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv."""
+    try:
+        _run_training(project, echo)
+    except TightfitError as error:
+        if LAUNCHED in os.environ:  # launchers end with 1 whatever happened: hand our exit code back
+            Path(os.environ[LAUNCHED]).write_text(str(error.exit_code), encoding="utf-8")
+        raise
+
+
+def _run_training(project: Project, echo: Callable[[str], None]) -> None:
     plan, registry = planned(project)
     if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
         launch_processes(project, plan)
@@ -75,26 +87,31 @@ def launch_processes(project: Project, plan: Plan) -> None:
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", n, "--num_machines", "1"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     threads = max(1, (os.cpu_count() or 1) // plan.num_processes)
-    environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}
-    code = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "stages.train"],
-        cwd=project.root,
-        env=environ,
-        check=False,
-    ).returncode
-    if code:
-        error = TightfitError(
-            f"training in {plan.num_processes} processes failed; the message above says why"
-        )
-        error.exit_code = code if code in (2, 3, 4, Stopped.exit_code) else 1
-        raise error
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "error"
+        environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: str(told)}
+        command = [sys.executable, "-m", *launcher, "-m", "stages.train"]
+        with subprocess.Popen(command, cwd=project.root, env=environ) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # the launcher heard it too; give it time to stop its processes
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                process.terminate()
+                raise
+        if code:
+            error = TightfitError(
+                f"training in {plan.num_processes} processes failed; the message above says why"
+            )
+            error.exit_code = int(told.read_text(encoding="utf-8")) if told.exists() else 1
+            raise error
 
 
 def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:
     """The stage's outputs: the final model, metrics and curves."""
     source = run.weights(project.params.train.final_weights)
     with new_folder(project.final_model) as new:
-        shutil.copytree(source, new, dirs_exist_ok=True)
+        copy_folder(source, new)
     columns = {"step": 0, "tokens": 0, "lr": 9, "loss": 6}
     write_table(project.reports / "curve.tsv", columns, result["losses"])
     columns = {"step": 0, "tokens": 0, "val_loss": 6, "val_bits_per_byte": 6}

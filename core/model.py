@@ -53,6 +53,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, layer: int, dro
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
 
 
+def to_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on: the matrices that read it then share one copy in memory."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -132,8 +138,8 @@ class Qwen3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(to_autocast(self.input_layernorm(x)), rotary, cache)
+        return x + self.mlp(to_autocast(self.post_attention_layernorm(x)))
 
 
 class Qwen3Body(nn.Module):

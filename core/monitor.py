@@ -116,7 +116,7 @@ class Progress:
             self.bar.close()
 
 
-def clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """75 → "1:15"; 3675 → "1:01:15"."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
@@ -125,7 +125,7 @@ def clock(seconds: float) -> str:
 
 def card_line(card: dict[str, float]) -> list[str]:
     """The figures of `CardMonitor.read` as short fields."""
-    if not card:
+    if "vram_used_gib" not in card:
         return []
     fields = [
         f"{card['vram_used_gib']:.2f}/{card['vram_total_gib']:.1f} GiB (peak {card['vram_peak_gib']:.2f})"

@@ -43,6 +43,10 @@ def resolve(params: Params, facts: Facts, registry: Registry) -> Plan:
         raise PluginError(registry.broken(), title="plugins that do not load")
     profile, why = _profile(params.hardware, facts, registry)
     model = ModelConfig.resolve(params.model, params.tokenizer.n_vocab)
+    if params.train.max_minutes and params.hardware.num_processes > 1:
+        raise UserError(
+            "train.max_minutes works with one process, whose clock counts; set max_tokens or max_steps"
+        )
     plan = Plan(
         profile=profile,
         profile_reason=why,

@@ -64,6 +64,13 @@ class Plugin:
     strategies: list[str] = field(default_factory=list)
     error: str = ""
     disabled: bool = False
+    file: str = ""
+    """Its source file."""
+    doc: str = ""
+    hooks: list[str] = field(default_factory=list)
+    """Discovery hooks of the module."""
+    runtime_hooks: dict[str, list[str]] = field(default_factory=dict)
+    """{strategy: its hooks}."""
 
 
 class Registry:
@@ -116,11 +123,14 @@ class Registry:
                     "allocator's must be in the environment before torch is."
                 )
             plugin.sha256 = _source_sha256(module)
+            plugin.file, plugin.doc = inspect.getfile(module), inspect.getdoc(module) or ""
             profiles, strategies = _declared(module, name)
             self._claim("hardware profile", profiles, self.profiles, plugin)
             self._claim("strategy", strategies, self.strategies, plugin)
             plugin.profiles = [p.name for p in profiles]
             plugin.strategies = [s.name for s in strategies]
+            plugin.hooks = implemented(module, DISCOVERY_HOOKS)
+            plugin.runtime_hooks = {s.name: implemented(s, RUNTIME_HOOKS) for s in strategies}
         except (Exception, SystemExit) as error:  # whatever a plugin does, the others still load
             plugin.error = str(error) if isinstance(error, PluginError) else _where_it_failed(error, name)
 
@@ -163,6 +173,11 @@ class Registry:
             for p in self.plugins
             if p.error
         ]
+
+
+def implemented(thing: Any, hooks: Iterable[str]) -> list[str]:
+    """Which of the hooks a module or a strategy has, in their own order."""
+    return [hook for hook in hooks if hasattr(getattr(thing, hook, None), f"{PROJECT}_impl")]
 
 
 def _import_file(path: Path, name: str) -> ModuleType:

@@ -10,20 +10,19 @@ import ast
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import Stopped, UserError
-from core.files import new_folder, read_json, write_json
+from core.files import copy_folder, fsync_file, new_folder, read_json, write_json
 from core.model_config import ModelConfig
 from core.plan import recipe_strategies
 from core.project import Project
 
 # What computes the numbers of a run.
-NUMERICS = ("batches.py", "loss.py", "model.py", "optim.py", "trainer.py")
+NUMERICS = ("batches.py", "loss.py", "measure.py", "model.py", "optim.py", "trainer.py")
 
 
 def fingerprint(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> str:
@@ -86,23 +85,22 @@ class Run:
         return self.folder / which
 
 
-def save_model(
-    folder: Path, model: Any, config: ModelConfig, tokenizer: Path, facts: Mapping[str, Any]
-) -> None:
+def save_model(folder: Path, network: Any, tokenizer: Path, facts: Mapping[str, Any]) -> None:
     """Write model.safetensors, config.json and the tokenizer to a folder, which appears whole or not at all.
 
     A tied output head is left out: it is the embedding. facts: what config.json shall say besides the sizes.
     """
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if config.tie_embeddings:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if network.config.tie_embeddings:
         state.pop("lm_head.weight")
     with new_folder(folder) as new:
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
         (new / "model.safetensors").chmod(0o644)  # safetensors gives 0600, which a shared cache cannot read
-        write_json(new / "config.json", {"format": 1, "model": config.to_dict(), **facts})
-        shutil.copytree(tokenizer, new / "tokenizer")
+        fsync_file(new / "model.safetensors")
+        write_json(new / "config.json", {"format": 1, "model": network.config.to_dict(), **facts})
+        copy_folder(tokenizer, new / "tokenizer")
 
 
 def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:

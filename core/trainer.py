@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from core.batches import Positions, Windows, micro_batches
 from core.errors import UserError
-from core.evaluate import measure
 from core.hookspecs import GIB, Build, Plan
+from core.measure import measure
 from core.model_config import ModelConfig
-from core.monitor import CardMonitor, Progress, card_line, clock, peak_flops
+from core.monitor import CardMonitor, Progress, card_line, clock_time, peak_flops
 from core.optim import adamw, check_groups, lr_factor
 from core.params import TrainParams
 from core.plan import runtime
 from core.project import Project
 from core.run import Run, save_model
+from core.tokenizer import Tokenizer
 from core.tokens import TokenShards
 
 if TYPE_CHECKING:
@@ -40,109 +42,68 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
     """Train the plan's model on the project's tokens; return what the report needs.
 
     Leaves log.jsonl and the best and last weights in the run's folder. Raises UserError where the first loss is not
-    near ln(V), or where the launch does not match the plan.
+    near ln(V), where a later one is no number, or where the launch does not match the plan.
     """
     params, hook = project.params.train, runtime(plan).hook
     shards, held_out = TokenShards.open(project.tokens, "train"), TokenShards.open(project.tokens, "val")
     accelerator = make_accelerator(plan, hook)
-    main = accelerator.is_main_process
-    budget = Budget.of(params)
-    progress = Progress(budget.steps, echo, enabled=main)
+    budget, clock = Budget.of(params), Clock()
+    progress = Progress(budget.steps, echo, enabled=accelerator.is_main_process)
     build = build_training(project, plan, hook, accelerator, shards.manifest["n_vocab"], progress.say)
-    config: ModelConfig = accelerator.unwrap_model(build.model).config
-    card, (peak, peak_source) = CardMonitor(accelerator.device), peak_flops(plan, accelerator.device)
+    config: ModelConfig = build.network.config
     for split in (shards, held_out):
         check_length(split, config.block_size)
     windows = Windows(shards, config.block_size, project.params.seed)
-    batches = micro_batches(
-        windows,
-        Positions(plan.sequences, plan["micro_batch"], accelerator.process_index, accelerator.num_processes),
-        plan,
+    positions = Positions(
+        plan.sequences, plan["micro_batch"], accelerator.process_index, accelerator.num_processes
     )
-    progress.say(describe(config, plan, windows, budget, peak, peak_source))
+    batches = micro_batches(windows, positions, plan)
+    journal = Journal(run, config, plan, params, accelerator)
+    bytes_of = Tokenizer.load(project.tokens / "tokenizer").token_bytes()
+    progress.say(describe(config, plan, windows, budget, journal))
+    for note in plan.notes:
+        progress.say(f"note: {note}")
 
-    best, losses, evaluations = math.inf, [], []
-    step, waited, started = 0, 0.0, time.perf_counter()
-    logged = (0, started)
-    loss: Tensor | None = None
+    step, done = 0, False
+    clock.start()
     build.model.train()
-    with run.log.open("w", encoding="utf-8", newline="\n") if main else contextlib.nullcontext() as log:
+    with journal:
         try:
-            while not budget.spent(step, time.perf_counter() - started):
-                share = budget.share(step, time.perf_counter() - started)
-                lr = set_lr(build, params, step, share)
+            while not done:
+                lr = set_lr(build, params, step, budget.share(step, clock.seconds()))
                 window = list(islice(batches, plan["gradient_accumulation_steps"]))
                 loss, grad_norm = optimizer_step(build, hook, window, params.grad_clip)
                 step += 1
-                last = budget.spent(step, time.perf_counter() - started)
+                done = budget.spent(step, clock.seconds())
 
-                due = step % params.log_interval == 0 or step == 1 or last
-                fields: list[str] = []
-                if due:
-                    # The only read from the device: everything up to here may still be running.
-                    value = accelerator.reduce(loss, "sum").item()
-                    now = time.perf_counter()
-                    rate = (step - logged[0]) * params.batch_tokens / max(now - logged[1] - waited, 1e-9)
-                    record = {"step": step, "tokens": step * params.batch_tokens, "loss": value, "lr": lr}
-                    record |= {"grad_norm": grad_norm.item(), "tokens_per_second": rate}
-                    if peak:
-                        record["share_of_peak"] = (
-                            rate * config.flops_per_token / (peak * accelerator.num_processes)
-                        )
-                    record |= card.read()
-                    if step == 1:
-                        check_first_loss(value, config.vocab_size)
+                evaluating = done or step % params.eval_interval == 0
+                logging = evaluating or step == 1 or step % params.log_interval == 0
+                fields = []
+                if logging:  # the only place that waits for the device
+                    value = check_loss(accelerator.reduce(loss, "sum").item(), step, config.vocab_size)
+                    record = journal.step(step, value, lr, grad_norm, clock.lap(step))
                     hook.on_step_end(build=build, step=step, metrics=record)
-                    losses.append(record)
-                    write_line(log, record)
-                    left = budget.seconds_left(step, now - started)
-                    fields = step_line(record, left)
-                    logged, waited = (step, now), 0.0
-                progress.advance(step, fields, due)
+                    journal.write(record)
+                    fields = step_line(record, budget.seconds_left(step, clock.seconds()))
+                progress.advance(step, fields, logging)
 
-                if step % params.eval_interval == 0 or last:
-                    before = time.perf_counter()
-                    result = measure(
-                        build.model, accelerator, held_out, plan["micro_batch"], params.eval_tokens
+                if evaluating:
+                    measured = measure(
+                        build.model, accelerator, held_out, bytes_of, plan["micro_batch"], params.eval_tokens
                     )
-                    record = {"step": step, "tokens": step * params.batch_tokens}
-                    record |= {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
-                    improved = result["loss"] < best
-                    best = min(best, result["loss"])
+                    record = journal.evaluation(step, measured)
                     hook.on_evaluate_end(build=build, step=step, metrics=record)
-                    evaluations.append(record)
-                    write_line(log, record)
-                    if main:
-                        save(run, build, config, project, step, improved, last, record)
-                    progress.say(
-                        f"step {step}: held-out loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
-                        + (" (best)" if improved else "")
-                    )
-                    waited = time.perf_counter() - before
+                    journal.write(record)
+                    journal.save(build, project, record, done)
+                    progress.say(evaluation_line(record, journal))
+                    clock.skip()
         finally:
             hook.on_train_end(build=build)
             progress.close()
 
-    seconds = time.perf_counter() - started
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return {
-        "steps": step,
-        "tokens": step * params.batch_tokens,
-        "epochs": step * plan.sequences / windows.per_epoch,
-        "seconds": seconds,
-        "loss": losses[-1]["loss"],
-        "best_val_loss": best,
-        "tokens_per_second": median(
-            [r["tokens_per_second"] for r in losses[1:]] or [losses[0]["tokens_per_second"]]
-        ),
-        "share_of_peak": median([r.get("share_of_peak", 0.0) for r in losses[1:]] or [0.0]),
-        "peak_source": peak_source,
-        "peak_memory_gib": peak_memory(accelerator.device) / GIB,
-        "losses": losses,
-        "evaluations": evaluations,
-        "is_main": main,
-    }
+    return journal.summary(step * plan.sequences / windows.per_epoch, clock.seconds())
 
 
 def optimizer_step(
@@ -165,9 +126,10 @@ def optimizer_step(
     for x, y in window:
         x = x.to(accelerator.device, non_blocking=True)
         y = y.to(accelerator.device, non_blocking=True)
-        with accelerator.accumulate(model), step_contexts(build, hook):
-            loss = model(x, y)
-            accelerator.backward(loss * scale)
+        with accelerator.accumulate(model):
+            with step_contexts(build, hook):
+                loss = model(x, y)
+                accelerator.backward(loss * scale)
             total += loss.detach()
             if accelerator.sync_gradients and grad_clip:
                 norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
@@ -213,12 +175,16 @@ def make_accelerator(plan: Plan, hook: Any) -> Accelerator:
             f"hardware.num_processes is {plan.num_processes}, but {accelerator.num_processes} were launched: "
             "make them equal"
         )
-    if accelerator.device.type == "cuda":
-        # The profile's card, whatever card this is: never spill into system memory, never use more than planned.
-        total = torch.cuda.get_device_properties(accelerator.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, plan.profile.vram_gib * GIB / total), accelerator.device
+    if accelerator.device.type != plan.profile.device:
+        raise UserError(
+            f"the plan wants {plan.profile.device}, torch offers {accelerator.device.type}: run `tightfit env-check`, "
+            "and restart the machine if it finds the card"
         )
+    if accelerator.device.type == "cuda":
+        # No more than the profile's card has, whatever card this is. By index: accelerate's device may have none.
+        index = torch.cuda.current_device()
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.profile.vram_gib * GIB / total), index)
     return accelerator
 
 
@@ -238,11 +204,12 @@ def build_training(
     torch.manual_seed(project.params.seed + accelerator.process_index)  # dropout
 
     params = project.params.train
-    config = ModelConfig.resolve(project.params.model, n_vocab)
+    network = build_model(ModelConfig.resolve(project.params.model, n_vocab), project.params.seed)
     build = Build(
         plan=plan,
         accelerator=accelerator,
-        model=build_model(config, project.params.seed),
+        network=network,
+        model=network,
         lr=params.lr,
         weight_decay=params.weight_decay,
         betas=(params.beta1, params.beta2),
@@ -305,40 +272,135 @@ def check_length(split: TokenShards, block_size: int) -> None:
         )
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Raise UserError where a fresh network is not as unsure as it must be."""
+def check_loss(loss: float, step: int, vocab_size: int) -> float:
+    """Return the loss. Raises UserError where it is no number, or where the first one is not near ln(V)."""
     expected = math.log(vocab_size)
-    if not abs(loss - expected) <= FIRST_LOSS_TOLERANCE:  # catches nan too
+    if step == 1 and not abs(loss - expected) <= FIRST_LOSS_TOLERANCE:  # catches nan too
         raise UserError(
             f"the first loss is {loss:.2f}, a fresh network's is near ln({vocab_size}) = {expected:.2f}: a strategy or "
             "an edit changes the loss or the initial weights"
         )
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}: set a smaller train.lr, more train.warmup_steps, or another precision "
+            "(hardware.strategies)"
+        )
+    return loss
 
 
-def save(
-    run: Run,
-    build: Build,
-    config: ModelConfig,
-    project: Project,
-    step: int,
-    improved: bool,
-    last: bool,
-    record: Any,
-) -> None:
-    """Write the weights this evaluation earned."""
-    model = build.accelerator.unwrap_model(build.model)
-    facts = {"step": step, "tokens": record["tokens"], "val_loss": record["val_loss"], "run": run.folder.name}
-    for which, wanted in (("best", improved), ("last", last)):
-        if wanted:
-            save_model(
-                run.weights(which), model, config, project.tokens / "tokenizer", {**facts, "weights": which}
-            )
+class Clock:
+    """Time spent training, and the rate between log lines without the evaluations."""
+
+    def start(self) -> None:
+        self.started = self.lap_started = time.perf_counter()
+        self.lap_step = 0
+
+    def seconds(self) -> float:
+        """Since the start, evaluations included."""
+        return time.perf_counter() - self.started
+
+    def lap(self, step: int) -> float:
+        """Steps per second since the last lap."""
+        now = time.perf_counter()
+        rate = (step - self.lap_step) / max(now - self.lap_started, 1e-9)
+        self.lap_step, self.lap_started = step, now
+        return rate
+
+    def skip(self) -> None:
+        """What happened since the last lap was no training."""
+        self.lap_started = time.perf_counter()
 
 
-def write_line(log: Any, record: dict[str, Any]) -> None:
-    if log is not None:
-        log.write(json.dumps(record) + "\n")
-        log.flush()
+class Journal:
+    """What a run leaves behind: log.jsonl, the best and last weights, and the figures of its summary."""
+
+    def __init__(
+        self, run: Run, config: ModelConfig, plan: Plan, params: TrainParams, accelerator: Accelerator
+    ) -> None:
+        self.run, self.config, self.params, self.accelerator = run, config, params, accelerator
+        self.card = CardMonitor(accelerator.device)
+        self.peak, self.peak_source = peak_flops(plan, accelerator.device)
+        self.losses: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.best = math.inf
+        self.improved = False
+        self.peak_memory = 0
+        self.log: Any = None
+
+    def __enter__(self) -> Journal:
+        if self.accelerator.is_main_process:
+            self.log = self.run.log.open("w", encoding="utf-8", newline="\n")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def step(
+        self, step: int, loss: float, lr: float, grad_norm: Tensor, steps_per_second: float
+    ) -> dict[str, Any]:
+        """The record of a logged step."""
+        rate = steps_per_second * self.params.batch_tokens
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": step * self.params.batch_tokens,
+            "loss": loss,
+            "lr": lr,
+        }
+        norm = grad_norm.item()
+        record["grad_norm"] = (
+            norm if math.isfinite(norm) else None
+        )  # fp16's scaler skips a step that overflows
+        record["tokens_per_second"] = rate
+        if self.peak:
+            total = self.peak * self.accelerator.num_processes
+            record["share_of_peak"] = rate * self.config.flops_per_token / total
+        record |= self.card.read()
+        self.losses.append(record)
+        return record
+
+    def evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
+        """The record of an evaluation; notes whether it is the best so far, and the peak memory until here."""
+        self.improved = measured["loss"] < self.best
+        self.best = min(self.best, measured["loss"])
+        self.peak_memory = max(self.peak_memory, peak_memory(self.accelerator.device))
+        record = {"step": step, "tokens": step * self.params.batch_tokens}
+        record |= {"val_loss": measured["loss"], "val_bits_per_byte": measured["bits_per_byte"]}
+        self.evaluations.append(record)
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(json.dumps(record) + "\n")
+            self.log.flush()
+
+    def save(self, build: Build, project: Project, record: dict[str, Any], done: bool) -> None:
+        """Write the weights that this evaluation earned."""
+        if not self.accelerator.is_main_process:
+            return
+        facts = {key: record[key] for key in ("step", "tokens", "val_loss")} | {"run": self.run.folder.name}
+        for which, wanted in (("best", self.improved), ("last", done)):
+            if wanted:
+                tokenizer = project.tokens / "tokenizer"
+                save_model(self.run.weights(which), build.network, tokenizer, {**facts, "weights": which})
+
+    def summary(self, epochs: float, seconds: float) -> dict[str, Any]:
+        """The run in figures. loss: mean of the last five logged."""
+        steady = self.losses[1:] or self.losses  # the first step pays for warming up
+        recent = [r["loss"] for r in self.losses[-5:]]
+        return {
+            "steps": self.losses[-1]["step"],
+            "tokens": self.losses[-1]["tokens"],
+            "epochs": epochs,
+            "seconds": seconds,
+            "loss": sum(recent) / len(recent),
+            "best_val_loss": self.best,
+            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steady),
+            "share_of_peak": statistics.median(r.get("share_of_peak", 0.0) for r in steady),
+            "peak_memory_gib": self.peak_memory / GIB,
+            "losses": self.losses,
+            "evaluations": self.evaluations,
+        }
 
 
 def step_line(record: dict[str, Any], seconds_left: float) -> list[str]:
@@ -349,18 +411,25 @@ def step_line(record: dict[str, Any], seconds_left: float) -> list[str]:
     ]
     if "share_of_peak" in record:
         fields.append(f"{record['share_of_peak']:.0%} of peak")
-    return [*fields, f"{clock(seconds_left)} left", *card_line(record if "vram_used_gib" in record else {})]
+    return [*fields, f"{clock_time(seconds_left)} left", *card_line(record)]
 
 
-def describe(
-    config: ModelConfig, plan: Plan, windows: Windows, budget: Budget, peak: float, peak_source: str
-) -> str:
+def evaluation_line(record: dict[str, Any], journal: Journal) -> str:
+    best = " (best)" if journal.improved else ""
+    return (
+        f"step {record['step']}: held-out loss {record['val_loss']:.4f}, "
+        f"{record['val_bits_per_byte']:.4f} bits per byte{best}"
+    )
+
+
+def describe(config: ModelConfig, plan: Plan, windows: Windows, budget: Budget, journal: Journal) -> str:
     length = f"{budget.steps} steps" if budget.steps else f"{(budget.seconds or 0) / 60:g} minutes"
-    rate = f"{peak / 1e12:.2f} TFLOP/s, {peak_source}" if peak else peak_source
+    rate = f"{journal.peak / 1e12:.2f} TFLOP/s, " if journal.peak else ""
     return (
         f"{config.architecture}, {config.n_params:,} parameters, {plan['dtype']}; {length} of "
         f"{plan.sequences} x {config.block_size} tokens in {plan['gradient_accumulation_steps']} micro-batches of "
         f"{plan['micro_batch']}; {windows.per_epoch * config.block_size:,} tokens per epoch; peak: {rate}"
+        f"{journal.peak_source}"
     )
 
 
@@ -385,7 +454,3 @@ def _max_rss() -> int:
 
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -26,6 +27,12 @@ from core.project import Project
     "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens of this joint share."
 )
 @click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="auto: the card where torch can use one.",
+)
+@click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Same seed, same text."
 )
 def main(
@@ -37,6 +44,7 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
+    device: str,
     seed: int,
 ) -> None:
     """Continue PROMPT, printing as it goes."""
@@ -50,9 +58,10 @@ def main(
 
     model, _ = load_model(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         model.to("cuda")
     click.echo(prompt, nl=False)
     pieces = generate(

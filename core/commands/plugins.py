@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import keyword
 import re
+import sys
+from typing import Any
 
 import click
 
 from core.cli import command
 from core.errors import PluginError, UserError
-from core.hardware import OPTIONAL_MODULES, choose_profile
-from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
-from core.params import HardwareParams, StrategyChoice
-from core.plugins import Registry
+from core.hardware import derive_profile, read_facts
+from core.hookspecs import Gpu, Strategy
+from core.plugin_check import check as check_plugin
+from core.plugin_check import gpu_name, machine, unknown_name
+from core.plugins import Plugin, Registry
 from core.project import Project
+
+__all__ = ["gpu_name", "machine", "main"]
 
 HARDWARE_TEMPLATE = '''"""{title}: say here what this card is."""
 
@@ -29,6 +35,25 @@ def hardware_profiles():
         vram_gib=8,
         compute_capability=(8, 6),  # nvidia-smi --query-gpu=compute_cap --format=csv
         strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+    )
+'''
+
+CARD_TEMPLATE = '''"""{card}: the card of this machine, as its driver describes it."""
+
+from core.hookspecs import HardwareProfile, hookimpl
+
+
+@hookimpl
+def hardware_profiles():
+    return HardwareProfile(
+        name="{name}",
+        match={match},
+        vram_gib={vram_gib},
+        compute_capability={compute_capability},
+        bandwidth_gbs={bandwidth_gbs},
+        tflops={tflops},
+        strategies={strategies},
+        source={source},
     )
 '''
 
@@ -55,119 +80,151 @@ def strategies():
 
 @click.group("plugins")
 def main() -> None:
-    """List, check and create plugins."""
+    """List, show, create and check plugins."""
 
 
 @command("list")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def list_(project: Project, as_json: bool) -> None:
-    """Every plugin found, what it declares, and why a broken one failed (exit code 3)."""
+    """Every plugin found, what it declares, its hooks, and why a broken one failed (exit code 3)."""
     registry = Registry.load(project)
     if as_json:
         click.echo(json.dumps([vars(p) for p in registry.plugins], indent=2))
     else:
         for plugin in registry.plugins:
             state = "off " if plugin.disabled else "FAIL" if plugin.error else "ok  "
-            declares = [f"profile {n}" for n in plugin.profiles] + [
-                f"strategy {n}" for n in plugin.strategies
-            ]
-            click.echo(f"{state} {plugin.name} {plugin.version}".rstrip() + f"  {', '.join(declares)}")
+            click.echo(f"{state} {plugin.name} {plugin.version}".rstrip() + f"  {declares(plugin)}")
     if registry.broken():
         raise PluginError(registry.broken(), title="plugins that do not load")
 
 
-@command("new")
-@click.argument("kind", type=click.Choice(["hardware", "strategy"]))
+def declares(plugin: Plugin) -> str:
+    """What a plugin's hooks declare: "strategies: bf16 (adjust_plan, accelerator_kwargs)"."""
+    names = {
+        "hardware_profiles": plugin.profiles,
+        "strategies": [f"{name} ({', '.join(hooks)})" for name, hooks in plugin.runtime_hooks.items()],
+    }
+    return "; ".join(f"{hook}: {', '.join(names[hook]) or 'none'}" for hook in plugin.hooks)
+
+
+@command("show")
 @click.argument("name")
-def new(project: Project, kind: str, name: str) -> None:
-    """Write a plugin to start from: tightfit plugins new hardware rtx3070"""
-    title = name.upper() if kind == "hardware" else name.replace("_", " ").title().replace(" ", "")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def show(project: Project, name: str, as_json: bool) -> None:
+    """All about a profile, a strategy or a plugin: tightfit plugins show bf16"""
+    registry = Registry.load(project)
+    found = descriptions(registry, name)
+    if not found:
+        hint = " (some plugins do not load: tightfit plugins list)" if registry.broken() else ""
+        raise UserError(unknown_name(registry, name) + hint)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, default=str))
+        return
+    for thing in found:
+        for key, value in thing.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            click.echo(f"{key:<18} {text.replace(chr(10), chr(10) + ' ' * 19)}".rstrip())
+
+
+def descriptions(registry: Registry, name: str) -> list[dict[str, Any]]:
+    """The plugin, profile and strategy of this name, as far as there are such."""
+    found: list[dict[str, Any]] = [{"kind": "plugin", **vars(p)} for p in registry.plugins if p.name == name]
+    if name in registry.profiles:
+        fields = {**vars(registry.profiles[name]), "strategies": list(registry.profiles[name].strategies)}
+        plugin = registry.owner("hardware profile", name)
+        found.append({"kind": "hardware profile", **fields, **origin(plugin), "hooks": plugin.hooks})
+    if name in registry.strategies:
+        strategy, plugin = registry.strategies[name], registry.owner("strategy", name)
+        hooks = plugin.runtime_hooks[name]
+        found.append({"kind": "strategy", **attributes(strategy), **origin(plugin), "hooks": hooks})
+        found[-1]["doc"] = type(strategy).__doc__ or plugin.doc
+    return found
+
+
+def attributes(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "name": strategy.name,
+        "phase": strategy.phase.name,
+        "slot": strategy.slot,
+        "affects": strategy.affects,
+        "requires": list(strategy.requires),
+        "conflicts": dict(strategy.conflicts),
+        "after": list(strategy.after),
+        "options": dict(strategy.defaults),
+    }
+
+
+def origin(plugin: Plugin) -> dict[str, str]:
+    return {
+        "plugin": plugin.name,
+        "version": plugin.version,
+        "file": plugin.file,
+        "sha256": plugin.sha256,
+        "doc": plugin.doc,
+    }
+
+
+@command("new")
+@click.argument("name")
+@click.option("--strategy", is_flag=True, help="A strategy to fill in, instead of a hardware profile.")
+def new(project: Project, name: str, strategy: bool) -> None:
+    """Write a profile of this machine's card to start from, or a strategy: tightfit plugins new rtx3070"""
+    title = name.replace("_", " ").title().replace(" ", "") if strategy else name.upper()
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "auto" or keyword.iskeyword(title):
         raise UserError(
             f"name: {name!r} should be lower case letters, digits and '_', "
             "begin with a letter, and be no word of Python's"
         )
-    folder = project.plugins / ("hardware" if kind == "hardware" else "strategies")
+    folder = project.plugins / ("strategies" if strategy else "hardware")
     path = folder / f"{name}.py"
     if path.exists():
         raise UserError(f"{path.relative_to(project.root)} is there already; choose another name")
-    template = HARDWARE_TEMPLATE if kind == "hardware" else STRATEGY_TEMPLATE
-    match = title.replace("RTX", "RTX ").replace("GTX", "GTX ")
+    card = None if strategy else read_facts().gpu
+    if strategy:
+        source = STRATEGY_TEMPLATE.format(name=name, title=title)
+    elif card:
+        source = profile_source(name, card)
+    else:
+        match = title.replace("RTX", "RTX ").replace("GTX", "GTX ")
+        source = HARDWARE_TEMPLATE.format(name=name, title=title, match=match)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(template.format(name=name, title=title, match=match), encoding="utf-8", newline="\n")
+    path.write_text(source, encoding="utf-8", newline="\n")
+    if card:
+        click.echo(f"found {card.name}")
+    elif not strategy:
+        click.echo("no NVIDIA card found here: the figures in the file are examples, put in your card's")
     click.echo(
         f"wrote {path.relative_to(project.root).as_posix()}; edit it, then: tightfit plugins check {name}"
     )
 
 
+def profile_source(name: str, card: Gpu) -> str:
+    """A plugin file that describes a card of this machine."""
+    profile = derive_profile(card)
+    values = {key: value if isinstance(value, float) else code(value) for key, value in vars(profile).items()}
+    values |= {"name": name, "match": code(re.sub(r"([^\w\s-])", r"\\\1", card.name) + "$")}
+    return CARD_TEMPLATE.format(card=card.name, **values)
+
+
+def code(value: Any) -> str:
+    """Python source of a value, with double quotes around strings."""
+    return repr(value).replace("'", '"')
+
+
 @command("check")
-@click.argument("name")
-def check(project: Project, name: str) -> None:
-    """Plan with a profile or strategy on a machine made up for it, and print what comes out."""
-    from core.env_check import plan_lines
-    from core.plan import resolve
-
-    registry = Registry.load(project)
-    if registry.broken():
-        raise PluginError(registry.broken(), title="plugins that do not load")
-    if name in registry.profiles:
-        profile = registry.profiles[name]
-        params = project.params.model_copy(update={"hardware": HardwareParams(profile=name)})
-        if profile.match and re.search(profile.match, gpu_name(profile), re.I):
-            chosen, why = choose_profile(registry.profiles, machine(profile))
-            click.echo(f"auto on {gpu_name(profile)!r} chooses {chosen.name}: {why}")
-    elif name in registry.strategies:
-        profile, choice = home_of(registry, name)
-        hardware = HardwareParams(profile=profile.name, strategies=choice)
-        params = project.params.model_copy(update={"hardware": hardware})
-    else:
-        known = ", ".join(sorted([*registry.profiles, *registry.strategies]))
-        raise UserError(f"no profile or strategy {name!r}. Known: {known}")
-    for line in plan_lines(resolve(params, machine(profile), registry)):
-        click.echo(line)
-    click.echo(f"{name} works")
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def check(project: Project, target: str, as_json: bool) -> None:
+    """Load, plan and train ten steps on the CPU with a plugin file, a profile or a strategy."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = check_plugin(project, target, (lambda line: None) if as_json else click.echo)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(target), indent=2))
+    if result.problems:
+        raise PluginError(result.problems, title=f"{target} does not work")
+    if not as_json:
+        click.echo(f"{target} works")
 
 
-def home_of(registry: Registry, name: str) -> tuple[HardwareProfile, StrategyChoice]:
-    """A profile on which the strategy works, preferring one that has it, and what to add and remove there."""
-    strategy = registry.strategies[name]
-    why_not = {p.name: strategy.available(machine(p), p) for p in registry.profiles.values()}
-    works = [p for p in registry.profiles.values() if why_not[p.name] is None]
-    if not works:
-        reasons = [f"{profile}: {reason}" for profile, reason in why_not.items()]
-        raise PluginError(
-            reasons, title=f"strategy {name!r} is available on none of the {len(reasons)} profiles"
-        )
-    profile = next((p for p in works if name in [s.rstrip("?") for s in p.strategies]), works[0])
-
-    def is_rival(other: str) -> bool:
-        known = registry.strategies.get(other)
-        same_slot = known is not None and strategy.slot and known.slot == strategy.slot
-        return other != name and (other in strategy.conflicts or bool(same_slot))
-
-    rivals = [s.rstrip("?") for s in profile.strategies if is_rival(s.rstrip("?"))]
-    return profile, StrategyChoice(add=[*strategy.requires, name], remove=rivals)
-
-
-def machine(profile: HardwareProfile) -> Facts:
-    """One that has this profile's card."""
-    card = Gpu(gpu_name(profile), int(profile.vram_gib * GIB), profile.compute_capability)
-    return Facts(
-        gpus=(card,) if profile.device == "cuda" else (),
-        torch_version="any",
-        torch_cuda="13.0",
-        cores=8,
-        ram_bytes=16 * GIB,
-        cpu_bf16=True,
-        modules=frozenset(OPTIONAL_MODULES),
-    )
-
-
-def gpu_name(profile: HardwareProfile) -> str:
-    """A card's name that the profile's pattern matches: the pattern without its regular expression marks."""
-    plain = re.sub(r"\(\?.*?\)|\\.|[\\^$*+?]", "", profile.match)
-    return f"NVIDIA GeForce {plain.strip()}"
-
-
-for sub in (list_, new, check):
+for sub in (list_, show, new, check):
     main.add_command(sub)

