@@ -112,6 +112,7 @@ class LazyGroup(click.Group):
         "train": ("stages.train", "Train the model that the plan describes."),
         "evaluate": ("stages.evaluate", "Measure the model and write the report."),
         "generate": ("core.commands.generate", "Continue a prompt with a trained model."),
+        "bench": ("core.commands.bench", "Measure this machine: tightfit bench devices."),
         "params": ("core.commands.params", "Explain every key of params.yaml."),
         "plugins": ("core.commands.plugins", "List, check and create plugins."),
     },

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from core.errors import TightfitError, UserError
+from core.errors import PluginError, Problems, UserError
 from core.files import write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import GIB, Facts, Plan
@@ -36,31 +36,27 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
     for line in machine_lines(project, facts, torch_says):
         echo(line)
 
-    problems: list[TightfitError] = []
-    plan = params = None
-    try:
-        params = project.params
-        registry = Registry.load(project)
-        plan = resolve(params, facts, registry)
-        for line in plan_lines(plan):
-            echo(line)
-        stop = cannot_run(plan, facts, torch_says)
-        if stop:
-            raise UserError(
-                stop, title=f"this machine cannot run profile {plan.profile.name!r}" if len(stop) > 1 else ""
-            )
-    except TightfitError as error:
-        problems.append(error)
-
+    problems = Problems()
+    plan = params = inputs = None
     hashes = known.get("hashes", {})
-    inputs = None
+    with problems:
+        params = project.params
+    with problems:
+        registry = Registry.load(project)
+        if params is None and registry.broken():
+            raise PluginError(registry.broken(), title="plugins that do not load")
     if params is not None:
-        from core.sources import describe_inputs
+        with problems:
+            plan = resolve(params, facts, registry)
+            for line in plan_lines(plan):
+                echo(line)
+            if stop := cannot_run(plan, facts, torch_says):
+                title = f"this machine cannot run profile {plan.profile.name!r}" if len(stop) > 1 else ""
+                raise UserError(stop, title=title)
+        with problems:
+            from core.sources import describe_inputs
 
-        try:
             inputs = describe_inputs(project, hashes)
-        except TightfitError as error:
-            problems.append(error)
 
     write_json(
         project.env,
@@ -72,8 +68,8 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
             "facts": _facts_dict(facts),
         },
     )
-    if problems:
-        raise _joined(problems)
+    if problems.found:
+        raise problems.joined()
     assert plan is not None
     write_json(project.inputs, inputs)
     write_text(project.plan, plan_json(plan, registry))
@@ -81,15 +77,6 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
         f"verdict      ready: {plan.profile.name}, {plan['dtype']}, {plan.model.n_params / 1e6:.1f}M parameters"
     )
     return plan
-
-
-def _joined(problems: list[TightfitError]) -> TightfitError:
-    """All problems as one error, with the exit code of the first."""
-    if len(problems) == 1:
-        return problems[0]
-    return type(problems[0])(
-        [str(p).replace("\n", "\n    ") for p in problems], title="this run cannot start"
-    )
 
 
 def _last_look(project: Project) -> dict[str, Any]:

@@ -47,6 +47,28 @@ class Stopped(TightfitError):
     exit_code = 75
 
 
+class Problems:
+    """Collects what goes wrong in several `with` blocks, so that a user hears of all of it at once."""
+
+    def __init__(self) -> None:
+        self.found: list[TightfitError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, TightfitError):
+            self.found.append(error)
+        return isinstance(error, TightfitError)
+
+    def joined(self) -> TightfitError:
+        """All of them as one error, with the exit code of the first."""
+        if len(self.found) == 1:
+            return self.found[0]
+        lines = [str(error).replace("\n", "\n    ") for error in self.found]
+        return type(self.found[0])(lines, title="this run cannot start")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(str(word), list(known), 1)

@@ -39,7 +39,9 @@ def planned(project: Project) -> tuple[Plan, Registry]:
             "`python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # torch then counts the cards as the driver and we do
+    os.environ.setdefault(
+        "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
+    )  # torch then counts the cards as the driver and we do
     return plan, registry
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pluggy
 
-from core.errors import PluginError, TightfitError, UserError, did_you_mean
+from core.errors import PluginError, Problems, TightfitError, UserError, did_you_mean
 from core.hardware import choose_profile
 from core.hookspecs import (
     GIB,
@@ -37,26 +37,40 @@ def resolve(params: Params, facts: Facts, registry: Registry) -> Plan:
     """Return the plan for `params` on the machine `facts`.
 
     Raises PluginError for broken plugins and strategies that do not work together, UserError for sizes that do not
-    fit together. Each names all its problems.
+    fit together; all problems at once, as far as one can be looked at without the other.
     """
-    if registry.broken():
-        raise PluginError(registry.broken(), title="plugins that do not load")
-    profile, why = _profile(params.hardware, facts, registry)
-    model = ModelConfig.resolve(params.model, params.tokenizer.n_vocab)
-    if params.train.max_minutes and params.hardware.num_processes > 1:
-        raise UserError(
-            "train.max_minutes works with one process, whose clock counts; set max_tokens or max_steps"
-        )
+    problems = Problems()
+    with problems:
+        if registry.broken():
+            raise PluginError(registry.broken(), title="plugins that do not load")
+    profile = model = None
+    with problems:
+        profile, why = _profile(params.hardware, facts, registry)
+    with problems:
+        model = ModelConfig.resolve(params.model, params.tokenizer.n_vocab)
+    with problems:
+        if params.train.max_minutes and params.hardware.num_processes > 1:
+            raise UserError(
+                "train.max_minutes needs one process, whose clock counts; set max_tokens or max_steps"
+            )
+    if profile is None or model is None:  # nothing else can be looked at
+        raise problems.joined()
+    sequences = params.hardware.num_processes
+    with problems:
+        sequences = _sequences(params, model)
     plan = Plan(
         profile=profile,
         profile_reason=why,
         model=model,
-        sequences=_sequences(params, model),
+        sequences=sequences,
         num_processes=params.hardware.num_processes,
         memory_budget=_memory_budget(profile, facts),
         micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
     )
-    _choose_strategies(plan, params.hardware, facts, registry)
+    with problems:
+        _choose_strategies(plan, params.hardware, facts, registry)
+    if problems.found:
+        raise problems.joined()
     _decide_values(plan, params, facts)
     return plan
 

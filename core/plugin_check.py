@@ -64,7 +64,7 @@ class Check:
             yield step
         step.ok = not step.problems
         self.steps.append(step)
-        self.echo(f"{'ok  ' if step.ok else 'FAIL'} {name}")
+        self.echo(f"{'ok  ' if step.ok else 'FAIL'} {step.name}")
         for note in step.notes:
             self.echo(note)
         for problem in step.problems:
@@ -288,6 +288,7 @@ def _train(
         usable, not_run = _usable(registry, wanted, facts, cpu)
         step.notes += [f"     {name} is not run on a CPU: {why}" for name, why in not_run.items()]
         if subject and subject.name not in usable:
+            step.name = "no training: it does not run on a CPU"
             return
         alone = [name for name in usable if not subject or name != subject.name]
         baseline = []

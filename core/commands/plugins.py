@@ -122,8 +122,9 @@ def show(project: Project, name: str, as_json: bool) -> None:
         return
     for thing in found:
         for key, value in thing.items():
-            text = ", ".join(value) if isinstance(value, list) else str(value)
-            click.echo(f"{key:<18} {text.replace(chr(10), chr(10) + ' ' * 19)}".rstrip())
+            lines = (", ".join(value) if isinstance(value, list) else str(value)).splitlines() or [""]
+            for label, line in zip([key, *[""] * len(lines)], lines, strict=False):
+                click.echo(f"{label:<18} {line}".rstrip())
 
 
 def descriptions(registry: Registry, name: str) -> list[dict[str, Any]]:

@@ -111,7 +111,8 @@ def test_versions_variables_and_messages_are_the_real_ones() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_example_is_short_and_checks(documented: Project, file: str) -> None:
-    assert len(FILES[file].splitlines()) <= 15
+    lines = [line for line in FILES[file].splitlines() if line.strip()]
+    assert len(lines) <= (15 if file.startswith("hardware") else 30)
     registry = Registry.load(documented, entry_points=False)
     assert not registry.broken()
     plugin = next(p for p in registry.plugins if p.name == f"plugins/{file}")
@@ -151,7 +152,7 @@ def tiny_build(plan: Plan, said: list[str]) -> Build:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
-    return Build(plan, accelerator, model, lr=0.05, say=said.append)
+    return Build(plan, accelerator, model, model, lr=0.05, say=said.append)
 
 
 def test_sgd_trains(documented: Project) -> None:

@@ -411,3 +411,18 @@ def test_help_of_every_command_is_light(alone: Callable) -> None:
     assert {line.split()[0] for line in lines} == {"tightfit", *tightfit.lazy}
     for line in lines:
         assert line.endswith(" 0 [] None") or line.endswith(" 0 [] SystemExit(0)"), line
+
+
+def test_problems_of_every_kind_are_told_together(here: Machine) -> None:
+    """A batch that does not divide, an unknown strategy and a missing corpus: one message, nothing written."""
+    make_project(
+        here.project.root,
+        train={"batch_tokens": 250},
+        hardware={"profile": "cpu", "strategies": {"add": ["fp61"], "remove": []}},
+        data={"source": "text", "path": "nowhere.txt"},
+    )
+    result = here.run()
+    assert result.exit_code == 2
+    for words in ("train.batch_tokens: 250", "unknown strategy 'fp61'", "nothing matches 'nowhere.txt'"):
+        assert words in result.output, words
+    assert not here.project.plan.exists()
