@@ -134,3 +134,25 @@ def card_line(card: dict[str, float]) -> list[str]:
         if key in card:
             fields.append(f"{card[key]:.0f} {unit}")
     return fields
+
+
+def peak_memory(device: Any) -> int:
+    """Peak memory of this process: reserved on the card, or resident on a CPU [bytes]."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process since it began [bytes]."""
+    import psutil
+
+    now = psutil.Process().memory_info()
+    if sys.platform == "win32":
+        return int(now.peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # getrusage(2): KiB; bytes on macOS
+    return max(now.rss, peak if sys.platform == "darwin" else peak * 1024)

@@ -291,7 +291,7 @@ def _train(
             step.name = "no training: it does not run on a CPU"
             return
         alone = [name for name in usable if not subject or name != subject.name]
-        baseline = []
+        baseline: list[float] = []
         if subject and subject.affects == "execution":
             baseline = _losses(result, step, _cpu_plan(registry, facts, cpu, alone), folder)
         losses = _losses(result, step, _cpu_plan(registry, facts, cpu, usable), folder)
@@ -332,7 +332,8 @@ def _cpu_plan(registry: Registry, facts: Facts, cpu: HardwareProfile, names: lis
 def _losses(result: Check, step: Step, plan: Plan, folder: Path) -> list[float]:
     """The loss of each step; errors go to `step`. The way is the trainer's own, on made-up tokens."""
     (folder / "params.yaml").write_text(json.dumps(TINY), encoding="utf-8")
-    before, losses = dict(os.environ), []
+    losses: list[float] = []
+    before = dict(os.environ)
     os.environ.update({variable: choice.value for variable, choice in plan.env.items()})
     try:
         with contextlib.chdir(folder), fresh_accelerate():

@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.hookspecs import GIB, Build, Plan
 from core.measure import measure
 from core.model_config import ModelConfig
-from core.monitor import CardMonitor, Progress, card_line, clock_time, peak_flops
+from core.monitor import CardMonitor, Progress, card_line, clock_time, peak_flops, peak_memory
 from core.optim import adamw, check_groups, lr_factor
 from core.params import TrainParams
 from core.plan import runtime
@@ -431,26 +431,3 @@ def describe(config: ModelConfig, plan: Plan, windows: Windows, budget: Budget, 
         f"{plan['micro_batch']}; {windows.per_epoch * config.block_size:,} tokens per epoch; peak: {rate}"
         f"{journal.peak_source}"
     )
-
-
-def peak_memory(device: Any) -> int:
-    """Peak memory of this process: reserved on the card, or resident on a CPU [bytes]."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_reserved(device)
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return getattr(info, "peak_wset", 0) or _max_rss() or info.rss
-
-
-def _max_rss() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss if sys.platform == "darwin" else rss * 1024

@@ -16,11 +16,9 @@ from core.errors import PluginError, UserError
 from core.hardware import derive_profile, read_facts
 from core.hookspecs import Gpu, Strategy
 from core.plugin_check import check as check_plugin
-from core.plugin_check import gpu_name, machine, unknown_name
+from core.plugin_check import unknown_name
 from core.plugins import Plugin, Registry
 from core.project import Project
-
-__all__ = ["gpu_name", "machine", "main"]
 
 HARDWARE_TEMPLATE = '''"""{title}: say here what this card is."""
 

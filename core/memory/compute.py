@@ -7,13 +7,13 @@ throughout, as everywhere in Tightfit; CUDA_VISIBLE_DEVICES says which that is.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from core.errors import UserError, did_you_mean
 from core.hookspecs import GIB
 from core.model_config import PRESETS, ModelConfig
+from core.monitor import peak_resident
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ class Compute:
             import psutil
 
             ram = psutil.virtual_memory()
-            peak, total, free = _peak_resident(), ram.total, ram.available
+            peak, total, free = peak_resident(), ram.total, ram.available
         else:
             import torch
 
@@ -270,19 +270,6 @@ def _too_large(model: ModelConfig, dtype: str, budget: float) -> str:
         f"({model.n_params:,} parameters, {dtype}), and {budget / GIB:.2f} GiB may be filled: {remedy}, "
         "or close what else uses the memory"
     )
-
-
-def _peak_resident() -> int:
-    """Peak resident memory of this process since it began [bytes]."""
-    import psutil
-
-    now = psutil.Process().memory_info()
-    if sys.platform == "win32":
-        return int(now.peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # getrusage(2): KiB; bytes on macOS
-    return max(now.rss, peak if sys.platform == "darwin" else peak * 1024)
 
 
 # ---- under the guides' names, for the Compute in force

@@ -13,18 +13,16 @@ class Accumulation(Strategy):
     def adjust_plan(self, plan):
         batch = plan.sequences // plan.num_processes
         fitting = [n for n in range(batch, 0, -1) if batch % n == 0]
-        if plan.micro_batch is not None:
-            micro_batch, reason = plan.micro_batch, "train.micro_batch"
-            if micro_batch not in fitting:
-                near = min(fitting, key=lambda n: abs(n - micro_batch))
-                raise UserError(
-                    f"train.micro_batch: {micro_batch} does not divide the {batch} sequences of a step; {near} does"
-                )
-        else:
-            micro_batch, reason = self._largest(plan, fitting)
-        plan.set("micro_batch", micro_batch, reason=reason, by=self.name)
-        reason = f"{batch} sequences per step / {micro_batch}: the batch in tokens does not change"
-        plan.set("gradient_accumulation_steps", batch // micro_batch, reason=reason, by=self.name)
+        size, reason = plan.micro_batch, "train.micro_batch"
+        if size is None:
+            size, reason = self._largest(plan, fitting)
+        elif size not in fitting:
+            near = min(fitting, key=lambda n: abs(n - size))
+            found = f"{size} does not divide the {batch} sequences of a step; {near} does"
+            raise UserError(f"train.micro_batch: {found}")
+        plan.set("micro_batch", size, reason=reason, by=self.name)
+        reason = f"{batch} sequences per step / {size}: the batch in tokens does not change"
+        plan.set("gradient_accumulation_steps", batch // size, reason=reason, by=self.name)
 
     def _largest(self, plan, fitting):
         limit = self.opts(plan)["max_micro_batch_tokens"]

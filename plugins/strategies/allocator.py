@@ -23,36 +23,26 @@ class Allocator(Strategy):
 
     @hookimpl
     def configure_env(self, plan, facts):
-        options = self.opts(plan)
-        split = options["max_split_size_mb"]
-        if options["expandable_segments"] and not split and facts.os == "linux":
-            value, reason = (
-                "expandable_segments:True",
-                "segments grow instead of fragmenting; Linux supports it",
-            )
-        elif split:
-            value, reason = f"max_split_size_mb:{split}", "allocator.max_split_size_mb"
-        else:
+        split, expandable = self.opts(plan)["max_split_size_mb"], self.opts(plan)["expandable_segments"]
+        grow = "segments grow instead of fragmenting; Linux supports it"
+        reason = "allocator.max_split_size_mb" if split else grow
+        if not split and not (expandable and facts.os == "linux"):
             split = next(mb for gib, mb in SPLIT_SIZES if plan.profile.vram_gib <= gib)
-            value = f"max_split_size_mb:{split}"
             why = "it is switched off" if facts.os == "linux" else f"{facts.os} does not support it"
             reason = f"for {plan.profile.vram_gib:g} GiB; no expandable_segments: {why}"
-        theirs = next((name for name in VARIABLES if name in facts.environ), None)
-        if (
-            theirs and facts.environ[theirs] != value
-        ):  # both names must say the same: it goes to the other one too
-            plan.notes.append(
-                f"{theirs}={facts.environ[theirs]} from your environment wins over {value} ({self.name})"
-            )
-            value, reason = facts.environ[theirs], f"{theirs} of your environment, under both names"
+        value = f"max_split_size_mb:{split}" if split else "expandable_segments:True"
+        theirs = next((name for name in VARIABLES if name in facts.environ), "")
+        # Both names must say the same: the user's value goes to the other one, too.
+        if (found := facts.environ.get(theirs, value)) != value:
+            plan.notes.append(f"{theirs}={found} from your environment wins over {value} ({self.name})")
+            value, reason = found, f"{theirs} of your environment, under both names"
         return dict.fromkeys(VARIABLES, (value, reason))
 
     @hookimpl
     def check_plan(self, plan):
-        split = self.opts(plan)["max_split_size_mb"]
-        if split and split < 20:  # torch's own limit, c10/core/AllocatorConfig.h
-            return f"hardware.options.allocator.max_split_size_mb: {split} is too small; torch takes 20 or more, or 0"
-        return None
+        key, split = "hardware.options.allocator.max_split_size_mb", self.opts(plan)["max_split_size_mb"]
+        # 20 is torch's own limit, c10/core/AllocatorConfig.h.
+        return f"{key}: {split} is too small; torch takes 20 or more, or 0" if 0 != split < 20 else None
 
 
 @hookimpl

@@ -10,30 +10,19 @@ class Loader(Strategy):
 
     @hookimpl
     def adjust_plan(self, plan, facts):
-        options = self.opts(plan)
-        workers, why = options["workers"], "loader.workers"
+        workers, why = self.opts(plan)["workers"], "loader.workers"
         if workers < 0:
             workers, why = self._workers(plan.profile.device, facts)
-        cuda = plan.profile.device == "cuda"
         plan.set("num_workers", workers, reason=why, by=self.name)
-        pin = options["pin_memory"] and cuda
-        why = (
-            "copies to the card overlap with its work"
-            if pin
-            else "no card to copy to"
-            if not cuda
-            else "loader.pin_memory"
-        )
-        plan.set("pin_memory", pin, reason=why, by=self.name)
-        persistent = options["persistent_workers"] and workers > 0
-        why = (
-            "starting workers again costs seconds"
-            if persistent
-            else "no workers to keep"
-            if not workers
-            else "loader.persistent_workers"
-        )
-        plan.set("persistent_workers", persistent, reason=why, by=self.name)
+        why, cuda = "copies to the card overlap with its work", plan.profile.device == "cuda"
+        self._switch(plan, "pin_memory", why, cuda, "no card to copy to")
+        why = "starting workers again costs seconds"
+        self._switch(plan, "persistent_workers", why, workers > 0, "no workers to keep")
+
+    def _switch(self, plan, key, why, possible, why_not):
+        wanted = self.opts(plan)[key]
+        reason = why_not if not possible else why if wanted else f"loader.{key}"
+        plan.set(key, wanted and possible, reason=reason, by=self.name)
 
     @staticmethod
     def _workers(device, facts):

@@ -704,7 +704,7 @@ def test_editing_a_plugin_changes_the_plan_only_where_it_is_used(
 def test_planning_does_not_import_torch(project: Project) -> None:
     make_project(project.root, hardware={"profile": "rtx4060"})
     code = (
-        "import sys; from core.commands.plugins import machine; from core.plan import apply_env, resolve, plan_json\n"
+        "import sys; from core.plugin_check import machine; from core.plan import apply_env, resolve, plan_json\n"
         "from core.plugins import Registry; from core.project import Project\n"
         "p = Project.find(); r = Registry.load(p); plan = resolve(p.params, machine(r.profiles['rtx4060']), r)\n"
         "apply_env(plan); plan_json(plan, r)\n"
