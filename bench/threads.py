@@ -3,7 +3,8 @@
     python -m bench.threads
 
 Trains the preset nano on random tokens in turns: default spinning and GOMP_SPINCOUNT=1000, on an otherwise idle
-machine and beside one process that wants a core. Prints tokens/s (median of the turns) and ratios. Linux only:
+machine and beside one process that wants a core. Prints tokens/s (median of the turns, smallest and largest) and the
+ratio of the medians. Linux only:
 elsewhere torch uses another OpenMP.
 """
 
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 
-TURNS, SECONDS = 3, 6
+TURNS, SECONDS = 5, 4
 
 WORKER = f"""
 import time, torch
@@ -48,7 +49,7 @@ def tokens_per_second(spin: str | None) -> float:
 
 
 def main() -> None:
-    medians = {}
+    columns = {}
     for busy in (False, True):
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
         try:
@@ -56,11 +57,13 @@ def main() -> None:
         finally:
             if neighbour:
                 neighbour.kill()
-        medians[busy] = [statistics.median(column) for column in zip(*turns, strict=True)]
+        columns[busy] = [sorted(column) for column in zip(*turns, strict=True)]
     print("| machine | default spinning | GOMP_SPINCOUNT=1000 | ratio |\n|---|---|---|---|")
-    for busy, (default, short) in medians.items():
+    for busy, rates in columns.items():
         name = "one busy neighbour" if busy else "idle"
-        print(f"| {name} | {default:,.0f} tokens/s | {short:,.0f} tokens/s | {short / default:.2f} |")
+        default, short = (statistics.median(r) for r in rates)
+        shown = [f"{statistics.median(r):,.0f} ({r[0]:,.0f} to {r[-1]:,.0f}) tokens/s" for r in rates]
+        print(f"| {name} | {shown[0]} | {shown[1]} | {short / default:.2f} |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from core.errors import TightfitError, UserError
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import Plan
-from core.plan import apply_env, plan_dict, resolve
+from core.plan import apply_env, plan_dict, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
 from core.run import Run, fingerprint
@@ -33,15 +34,15 @@ def planned(project: Project) -> tuple[Plan, Registry]:
     written = read_json(project.plan, made_by="python -m stages.env_check")
     registry = Registry.load(project)
     plan = resolve(project.params, read_facts(), registry)
-    if LAUNCHED not in os.environ and plan_dict(plan, registry) != written:
+    # Through JSON, which turns tuples into lists.
+    if LAUNCHED not in os.environ and json.loads(plan_json(plan, registry)) != written:
         raise UserError(
             "reports/plan.json does not match params.yaml, the plugins and this machine any more: run "
             "`python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
-    os.environ.setdefault(
-        "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
-    )  # torch then counts the cards as the driver and we do
+    # torch then counts the cards as the driver and env-check do
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return plan, registry
 
 

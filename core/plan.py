@@ -392,7 +392,9 @@ def plan_dict(plan: Plan, registry: Registry) -> dict[str, Any]:
 
 
 def plan_json(plan: Plan, registry: Registry) -> str:
-    return json.dumps(plan_dict(plan, registry), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    """`plan_dict` as text: equal plans give equal bytes. Option values that JSON does not know are written as text."""
+    document = plan_dict(plan, registry)
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"
 
 
 def recipe_strategies(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """How long a CPU thread spins at the end of a parallel loop before it sleeps.
 
-OpenMP's default spins for so long that training on all cores slows down many times over as soon as any other program
-wants one of them; a short spin costs nothing on an idle machine (bench/threads.py, docs/measurements/threads.md).
+OpenMP's default spins for so long that training on all cores slows down severely as soon as any other program
+wants one of them; a short spin costs nothing that can be measured on an idle machine (docs/measurements/threads.md).
 """
 
 from core.hookspecs import Phase, Strategy, hookimpl

@@ -329,3 +329,21 @@ def test_out_of_memory_is_told_with_the_remedy(ready, monkeypatch):
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 2
     assert "train.micro_batch" in result.output and "Traceback" not in result.output
+
+
+def test_options_that_json_writes_differently_are_no_stale_plan(ready):
+    """A tuple comes back from plan.json as a list."""
+    plugin = """
+from core.hookspecs import Strategy, hookimpl
+
+class Mine(Strategy):
+    name, defaults = "mine", {"betas": (0.9, 0.95)}
+
+@hookimpl
+def strategies():
+    return Mine()
+"""
+    project = ready()
+    (project.plugins / "strategies" / "mine.py").write_text(plugin, encoding="utf-8")
+    hardware = {"profile": "cpu", "strategies": {"add": ["mine"], "remove": ["bf16"]}}
+    assert run(ready(train={"max_steps": 1}, hardware=hardware))["steps"] == 1
