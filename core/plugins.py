@@ -393,7 +393,8 @@ def _where_it_failed(error: BaseException, name: str) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]
     frames = [f for f in frames if Path(f.filename) != Path(__file__)]
     where = f"{_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else name
-    return f"{where}: {name}: {type(error).__name__}: {error}"
+    who = "" if where.startswith(name) else f" {name}:"
+    return f"{where}:{who} {type(error).__name__}: {error}"
 
 
 def _short(filename: str) -> str:
