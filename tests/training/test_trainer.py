@@ -24,6 +24,13 @@ def run(project) -> dict:
     return json.loads((project.reports / "train.json").read_text(encoding="utf-8")) | {"lines": lines}
 
 
+def stage_in_a_process(project) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.train"]
+    return subprocess.run(
+        command, cwd=project.root, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
 def weights(project) -> dict[str, torch.Tensor]:
     return load_file(project.final_model / "model.safetensors")
 
@@ -215,14 +222,7 @@ def test_two_processes_train_the_same_model(ready):
     run(one)
     hardware = {"profile": "cpu", "num_processes": 2, "strategies": {"add": [], "remove": ["bf16"]}}
     two = ready("two", train={"max_steps": 4}, hardware=hardware)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.train"],
-        cwd=two.root,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    done = stage_in_a_process(two)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-3, atol=1e-4)
@@ -304,14 +304,7 @@ def test_a_failing_process_hands_its_exit_code_back(ready):
     hardware = {"profile": "cpu", "num_processes": 2, "strategies": {"add": [], "remove": ["bf16"]}}
     project = ready(hardware=hardware)
     (project.tokens / "train_000.bin").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.train"],
-        cwd=project.root,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    done = stage_in_a_process(project)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "train_000.bin is missing" in done.stderr
 
