@@ -15,14 +15,13 @@ from typing import Any
 
 from core.errors import PluginError, Problems, UserError
 from core.files import write_json, write_text
-from core.hardware import read_facts
+from core.hardware import TORCH_HELP, read_facts
 from core.hookspecs import GIB, Facts, Plan
 from core.plan import plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
 
 ENV_FORMAT = 1
-TORCH_HELP = "README, 'When torch came without CUDA'"
 
 
 def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
@@ -125,28 +124,33 @@ def probe_torch() -> dict[str, Any]:
     }
 
 
-def _driver() -> str:
+def _ask_driver(question: Callable[[Any], Any], unknown: Any) -> Any:
+    """What NVML answers, or `unknown` where there is no driver or it does not tell."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
+        return question(pynvml)
     except pynvml.NVMLError:
-        return ""
+        return unknown
+
+
+def _driver() -> str:
+    version = _ask_driver(lambda nvml: nvml.nvmlSystemGetDriverVersion(), "")
     return version if isinstance(version, str) else version.decode()
 
 
 def _driver_cuda() -> str:
     """ ", CUDA up to 13.0": the newest CUDA that the driver serves."""
-    import pynvml
+    version = _ask_driver(lambda nvml: nvml.nvmlSystemGetCudaDriverVersion(), 0)
+    return f", CUDA up to {version // 1000}.{version % 1000 // 10}" if version else ""
 
-    try:
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetCudaDriverVersion()
-    except pynvml.NVMLError:
-        return ""
-    return f", CUDA up to {version // 1000}.{version % 1000 // 10}"
+
+def _free_vram(index: int) -> int:
+    """Free memory of the card with this NVML index [bytes]; 0 where it is unknown."""
+    return int(
+        _ask_driver(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free, 0)
+    )
 
 
 def cannot_run(plan: Plan, facts: Facts, torch_says: dict[str, Any]) -> list[str]:
@@ -263,16 +267,6 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {key} = {choice.value}: {choice.reason} [{choice.by}]")
     lines += [f"  note       {note}" for note in plan.notes]
     return lines
-
-
-def _free_vram(index: int) -> int:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).free)
-    except pynvml.NVMLError:
-        return 0
 
 
 def _facts_dict(facts: Facts) -> dict[str, Any]:

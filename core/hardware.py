@@ -12,6 +12,7 @@ from typing import Any
 
 from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
 
+TORCH_HELP = "README, 'When torch came without CUDA'"
 OPTIONAL_MODULES = ("triton", "bitsandbytes")
 
 # fp32-accumulating tensor FLOP per clock and SM, by compute capability. GeForce cards run it at half the rate of
@@ -150,7 +151,7 @@ def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[
     if not facts.torch_cuda:
         return profiles["cpu"], (
             f"{gpu.name} is here, but torch {facts.torch_version} is a CPU-only build and cannot use it; "
-            "install one with CUDA (README, 'When torch came without CUDA')"
+            f"install one with CUDA ({TORCH_HELP})"
         )
     vram_gib = gpu.vram_bytes / GIB
     matching = [p for p in profiles.values() if p.match and re.search(p.match, gpu.name, re.I)]

@@ -16,7 +16,7 @@ from core.errors import TightfitError, UserError
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import Plan
-from core.plan import apply_env, plan_dict, plan_json, resolve
+from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
 from core.run import Run, fingerprint
@@ -26,8 +26,8 @@ CURVE_ROWS = 1000
 LAUNCHED = "TIGHTFIT_LAUNCHED"
 
 
-def planned(project: Project) -> tuple[Plan, Registry]:
-    """The plan that env-check wrote, with its strategies loaded, and its variables in the environment.
+def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
+    """The plan that env-check wrote: with its strategies loaded and its variables in the environment, and as written.
 
     Raises UserError where reports/plan.json is missing, or no longer what params, plugins and machine give.
     """
@@ -43,7 +43,7 @@ def planned(project: Project) -> tuple[Plan, Registry]:
     apply_env(plan)
     # torch then counts the cards as the driver and env-check do
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    return plan, registry
+    return plan, written
 
 
 def run_training(project: Project, echo: Callable[[str], None]) -> None:
@@ -57,13 +57,12 @@ def run_training(project: Project, echo: Callable[[str], None]) -> None:
 
 
 def _run_training(project: Project, echo: Callable[[str], None]) -> None:
-    plan, registry = planned(project)
+    plan, document = planned(project)
     if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
         launch_processes(project, plan)
         return
     from core.trainer import train
 
-    document = plan_dict(plan, registry)
     tokens = read_json(project.tokens / "manifest.json", made_by="python -m stages.tokenize")
     name = fingerprint(project, document, tokens)
     if int(os.environ.get("RANK", "0")) > 0:

@@ -31,7 +31,8 @@ def gpu_problem() -> str | None:
     """Why torch cannot use the first GPU, with the remedy; None where it can."""
     import torch
 
-    from core.env_check import TORCH_HELP, supports
+    from core.env_check import supports
+    from core.hardware import TORCH_HELP
 
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA; with an NVIDIA GPU install another ({TORCH_HELP})"

@@ -340,3 +340,23 @@ def strategies():
     (project.plugins / "strategies" / "mine.py").write_text(plugin, encoding="utf-8")
     hardware = {"profile": "cpu", "strategies": {"add": ["mine"], "remove": ["bf16"]}}
     assert run(ready(train={"max_steps": 1}, hardware=hardware))["steps"] == 1
+
+
+def test_an_option_that_json_does_not_know_trains_too(ready):
+    """plan.json, run.json and the fingerprint all take it as text."""
+    plugin = """
+from pathlib import PurePosixPath
+
+from core.hookspecs import Strategy, hookimpl
+
+class Mine(Strategy):
+    name, affects, defaults = "mine", "recipe", {"where": PurePosixPath("a/b")}
+
+@hookimpl
+def strategies():
+    return Mine()
+"""
+    project = ready()
+    (project.plugins / "strategies" / "mine.py").write_text(plugin, encoding="utf-8")
+    hardware = {"profile": "cpu", "strategies": {"add": ["mine"], "remove": ["bf16"]}}
+    assert run(ready(train={"max_steps": 1}, hardware=hardware))["steps"] == 1
