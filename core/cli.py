@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from core.errors import MediaError, Stopped, TightfitError, UserError
+from core.errors import MediaError, Stopped, TightfitError, UserError, is_out_of_memory
 from core.project import Project
 
 # Disk full, quota, read-only, I/O error; EDQUOT does not exist on Windows.
@@ -58,7 +58,7 @@ def explain(error: BaseException) -> TightfitError | None:
             f"no permission for {error.filename}: {error.strerror}. Close other programs that "
             "have it open, or make it yours."
         )
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         what = str(error).partition("\n")[0] or "RAM"
         return UserError(
             f"out of memory ({what}): set a smaller train.micro_batch (the batch stays what it is), model.block_size "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -73,3 +74,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(str(word), list(known), 1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+# What running out of memory is called: torch's allocators on cards and CPUs (Linux and Windows), the driver, cuBLAS,
+# cuDNN and C++. Whole phrases, so that an error which only mentions memory is not taken for one.
+PHRASES = re.compile(
+    r"(CUDA|HIP|XPU|MPS backend) out of memory"
+    r"|CUDA error: out of memory|cudaErrorMemoryAllocation"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (can't allocate memory|not enough memory)"
+    r"|std::bad_alloc"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, whatever it is called."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and PHRASES.search(str(error)) is not None

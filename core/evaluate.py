@@ -42,7 +42,7 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     accelerator = make_accelerator(alone, runtime(plan).hook)
     model = accelerator.prepare(model)
     bytes_of = tokenizer.token_bytes()
-    result = measure(model, accelerator, held_out, bytes_of, plan["micro_batch"], params.max_tokens)
+    result = measure(model, accelerator, held_out, bytes_of, plan["micro_batch"], params.max_tokens, echo)
     config = accelerator.unwrap_model(model).config
     metrics = {
         "bits_per_byte": round(result["bits_per_byte"], 6),

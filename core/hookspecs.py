@@ -61,8 +61,8 @@ class HardwareProfile:
     """Switched on by default. A trailing "?" means: if it works on this machine, else skipped with its reason."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of those strategies: {strategy: {option: value}}."""
-    vram_budget: float = 0.85
-    """Share of the memory a plan may fill; the rest is CUDA's context, the desktop and fragmentation."""
+    vram_budget: float = 1.0
+    """Share of the free memory that a plan may fill. Free is the card less CUDA's context and the desktop."""
     source: str = ""
     """Where the figures come from."""
 
@@ -136,8 +136,11 @@ class Plan:
     num_processes: int
     memory_budget: int
     """Bytes that a step may use on this profile."""
+    memory_reason: str = ""
     micro_batch: int | None = None
     """The user's train.micro_batch; None when it says auto."""
+    micro_batches: tuple[int, ...] = ()
+    """What the micro-batch is chosen from, largest first: the largest whose step fits into the memory budget."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Choice] = field(default_factory=dict)
     env: dict[str, Choice] = field(default_factory=dict)
@@ -145,6 +148,12 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Sentences that env-check prints, such as a value of the user's that won."""
+    fit: Any = None
+    """core.memory.forecast.Fit: the memory and time that were predicted; None where nobody looked."""
+    ladder: list[Any] = field(default_factory=list)
+    """core.memory.ladder.Rung: what was tried to make it fit."""
+    rungs_left: list[Strategy] = field(default_factory=list)
+    """What could still be switched on to save memory, cheapest first."""
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key].value
@@ -153,9 +162,10 @@ class Plan:
         """Decide a value. A later strategy may decide again; the last reason is kept."""
         self.values[key] = Choice(value, reason, by)
 
-    def step_bytes(self, micro_batch: int) -> int:
-        """Estimated peak memory of a training step [bytes]; see `ModelConfig.step_bytes`."""
-        return self.model.step_bytes(micro_batch, self["dtype"])
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits into the memory budget; True where nobody looked."""
+        return self.fit is None or self.fit.fits
 
 
 @dataclass
@@ -176,6 +186,10 @@ class Build:
     betas: tuple[float, float] = (0.9, 0.95)
     say: Callable[[str], None] = print
     """Prints one line without breaking the progress bar."""
+    updating: bool = False
+    """The optimizer is changing the weights: what fails now cannot be done again."""
+    simulated: bool = False
+    """The memory planner runs the step on tensors without data: a kernel that cannot needs a stand-in."""
 
 
 class Strategy:
@@ -193,6 +207,10 @@ class Strategy:
     """{other strategy: why the two do not work together}."""
     after: tuple[str, ...] = ()
     """Strategies of the same or an earlier phase that must come first."""
+    rung: int = 0
+    """Place on the ladder of what saves memory, cheapest in speed first; 0: never switched on by itself."""
+    mid_run: bool = False
+    """A rung whose prepare_model() may also be called in the middle of a run, on a model without it."""
     defaults: Mapping[str, Any] = {}
     """Every option with its default value; other option names are errors."""
 

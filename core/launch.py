@@ -16,6 +16,7 @@ from core.errors import TightfitError, UserError
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import Plan
+from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
@@ -33,7 +34,8 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     """
     written = read_json(project.plan, made_by="python -m stages.env_check")
     registry = Registry.load(project)
-    plan = resolve(project.params, read_facts(), registry)
+    forecaster = Forecaster(project.forecasts, simulates=False)
+    plan = resolve(project.params, read_facts(), registry, forecaster)
     # Through JSON, which turns tuples into lists.
     if LAUNCHED not in os.environ and json.loads(plan_json(plan, registry)) != written:
         raise UserError(
@@ -118,7 +120,7 @@ def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:
     write_table(project.reports / "curve.tsv", columns, result["losses"])
     columns = {"step": 0, "tokens": 0, "val_loss": 6, "val_bits_per_byte": 6}
     write_table(project.reports / "curve_val.tsv", columns, result["evaluations"])
-    names = (
+    names: tuple[str, ...] = (
         "steps",
         "tokens",
         "epochs",
@@ -128,7 +130,8 @@ def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:
         "tokens_per_second",
         "share_of_peak",
     )
-    figures = {name: round(result[name], 6) for name in (*names, "peak_memory_gib")}
+    names += ("peak_memory_gib", "predicted_memory_gib", "micro_batch", "out_of_memory")
+    figures = {name: round(result[name], 6) for name in names if name in result}
     write_json(project.reports / "train.json", figures)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from core.batches import held_out_batches
+from core.errors import is_out_of_memory
 from core.tokens import TokenShards
 
 
@@ -18,27 +21,40 @@ def measure(
     bytes_of: np.ndarray,
     batch: int,
     max_tokens: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Predict every held-out token once, in windows of the model's context; `batch` sequences at a time.
 
     Returns loss [nats per token], perplexity, bits_per_byte, tokens and bytes. Bits per byte is all nats, those of the
     document separators included, over the bytes of the text: it compares across tokenizers. Uses no more memory than a
-    training step, since there are no gradients. Several processes share the work. bytes_of: [V], UTF-8 bytes of an id.
+    training step, since nothing is kept for gradients and logits exist for few tokens at a time; where memory runs out
+    all the same, it goes on with fewer sequences, and says so. Several processes share the work. bytes_of: [V], UTF-8
+    bytes of an id.
     """
     import torch
 
     model = accelerator.unwrap_model(model)  # without DDP, which would wait for processes that have no batch
     block_size = model.config.block_size
-    training, total = model.training, torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    tokens = text_bytes = 0
+    training = model.training
     model.eval()
-    with torch.inference_mode():
-        for i, (x, y) in enumerate(held_out_batches(held_out, block_size, batch, max_tokens)):
-            tokens += y.size
-            text_bytes += int(bytes_of[y].sum())
-            if i % accelerator.num_processes == accelerator.process_index:
-                xs, ys = (torch.from_numpy(t).to(accelerator.device) for t in (x, y))
-                total += model(xs, ys).double()
+    while True:
+        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        tokens = text_bytes = 0
+        try:
+            with torch.inference_mode():
+                for i, (x, y) in enumerate(held_out_batches(held_out, block_size, batch, max_tokens)):
+                    tokens += y.size
+                    text_bytes += int(bytes_of[y].sum())
+                    if i % accelerator.num_processes == accelerator.process_index:
+                        xs, ys = (torch.from_numpy(t).to(accelerator.device) for t in (x, y))
+                        total += model(xs, ys).double()
+            break
+        except Exception as error:
+            if not is_out_of_memory(error) or batch == 1 or accelerator.num_processes > 1:
+                raise
+        batch = smaller(batch)
+        say(f"out of memory in an evaluation: going on with {batch} sequences at a time")
+        free_cached(accelerator.device)
     model.train(training)
     nats = accelerator.reduce(total, "sum").item()
     return {
@@ -48,3 +64,17 @@ def measure(
         "tokens": tokens,
         "bytes": text_bytes,
     }
+
+
+def smaller(micro_batch: int) -> int:
+    """The next smaller size that divides it: half where it is even."""
+    return micro_batch // next(d for d in range(2, micro_batch + 1) if micro_batch % d == 0)
+
+
+def free_cached(device: Any) -> None:
+    """Hand what nobody holds back, so that smaller pieces find room."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

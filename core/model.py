@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.loss import cross_entropy_sum
+from core.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from core.model_config import ModelConfig
 
+MEASURED_CHUNK = 512  # tokens
 # Keys and values of the tokens so far, per layer: what a new token attends to. Each [B, H, T, D].
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -24,6 +25,13 @@ class Network(nn.Module):
 
     config: ModelConfig
     lm_head: nn.Linear
+    loss_chunk = 0
+    """Tokens whose logits exist at once while training; 0: all of them."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, in order; each maps [B, T, C] to [B, T, C]."""
+        raise NotImplementedError
 
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """[B, T] token ids → [B, T, C] final hidden states."""
@@ -34,8 +42,20 @@ class Network(nn.Module):
 
         tokens, targets: [B, T] int64. cache: a list that generation fills and hands back with each new token.
         """
-        logits = self.lm_head(self.hidden(tokens, cache))
-        return logits if targets is None else cross_entropy_sum(logits, targets)
+        hidden = self.hidden(tokens, cache)
+        if targets is None:  # generation looks at the last token only
+            return self.lm_head(hidden if cache is None else hidden[:, -1:])
+        if not torch.is_grad_enabled():
+            return self._measured_loss(hidden, targets)
+        if self.loss_chunk:
+            return chunked_cross_entropy_sum(hidden, self.lm_head.weight, targets, self.loss_chunk)
+        return cross_entropy_sum(self.lm_head(hidden), targets)
+
+    def _measured_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The loss without gradients, with the logits of few tokens at a time: measuring never needs more memory."""
+        tokens, wanted = hidden.flatten(0, 1), targets.reshape(-1)
+        pairs = zip(tokens.split(MEASURED_CHUNK), wanted.split(MEASURED_CHUNK), strict=True)
+        return torch.stack([cross_entropy_sum(self.lm_head(h), t) for h, t in pairs]).sum()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, layer: int, dropout: float = 0.0) -> Tensor:
@@ -162,9 +182,13 @@ class Qwen3(Network):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         x: Tensor = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
+        for layer in self.layers:
             x = layer(x, self.rotary, cache)
         return self.model.norm(x)
 
@@ -231,12 +255,16 @@ class GPT2(Network):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.transformer.h
+
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         start = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         body = self.transformer
         x: Tensor = body.drop(body.wte(tokens) + body.wpe(positions))
-        for layer in body.h:
+        for layer in self.layers:
             x = layer(x, cache)
         return body.ln_f(x)
 

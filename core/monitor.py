@@ -80,6 +80,82 @@ def peak_flops(plan: Plan, device: Any) -> tuple[float, str]:
     return 2 * n**3 / best, f"this CPU's measured {dtype} matrix product"
 
 
+class MemoryWatch:
+    """Predicted against measured memory while training, and warnings before it hurts.
+
+    On a card the measured peak is what torch's allocator reserved. On a CPU it is the weights and the optimizer's
+    state, and what the process grew by after they were made: libraries loaded before do not count. device:
+    torch.device.
+    """
+
+    SLOW, FULL = 3.0, 0.95
+
+    def __init__(self, device: Any, plan: Plan, say: Callable[[str], None]) -> None:
+        self.device, self.say = device, say
+        self.forecast = plan.fit.forecast if plan.fit else None
+        kept = self.forecast.resident if self.forecast else 0
+        self.start = 0 if device.type == "cuda" else resident() - kept
+        self.peak = self.retries = self.looks = 0
+        self.fastest = 0.0
+        self.warned = False
+
+    def read(self) -> int:
+        """The peak so far [bytes]. Asked again and again, since a strategy may reset the card's own."""
+        self.peak = max(self.peak, peak_memory(self.device) - self.start)
+        return self.peak
+
+    def look(self, step: int, record: dict[str, Any]) -> None:
+        """Compare once, and warn where memory begins to cost time."""
+        self.looks += 1
+        if self.looks == 1 and self.forecast:
+            self.say(self.compared())
+        if self.device.type == "cuda":
+            self._retries(step)
+        rate = record["tokens_per_second"]
+        if self.looks > 1:  # the first one pays for warming up
+            self._spill(step, rate, record)
+            self.fastest = max(self.fastest, rate)
+
+    def predicted(self) -> int:
+        assert self.forecast is not None
+        return self.forecast.reserved if self.device.type == "cuda" else self.forecast.allocated
+
+    def compared(self) -> str:
+        predicted = self.predicted()
+        return (
+            f"memory: {self.read() / GIB:.2f} GiB at peak, {predicted / GIB:.2f} predicted "
+            f"(x{self.peak / predicted:.2f})"
+        )
+
+    def _retries(self, step: int) -> None:
+        import torch
+
+        retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+        if retries > 2 * self.retries:  # the first, then each time they have doubled
+            self.retries = retries
+            self.say(
+                f"warning: step {step}: the allocator had to give its cache back {retries} times to go on, which costs "
+                "time: memory is nearly full. Set train.micro_batch to half, or hardware.memory_gib to less"
+            )
+
+    def _spill(self, step: int, rate: float, record: dict[str, Any]) -> None:
+        full = record.get("vram_used_gib", 0.0) > self.FULL * record.get("vram_total_gib", float("inf"))
+        if full and not self.warned and rate * self.SLOW < self.fastest:
+            self.warned = True
+            self.say(
+                f"warning: step {step}: {self.fastest / rate:.0f} times slower than before, and the card's memory is "
+                "full: Windows moves it into RAM (shared GPU memory) instead of failing. Close other programs, set "
+                "hardware.memory_gib to less, or switch that off in NVIDIA's control panel (Sysmem Fallback Policy)"
+            )
+
+    def summary(self) -> dict[str, float]:
+        """Peak and prediction [GiB]."""
+        found = {"peak_memory_gib": self.read() / GIB}
+        if self.forecast:
+            found["predicted_memory_gib"] = self.predicted() / GIB
+        return found
+
+
 class Progress:
     """A bar on a terminal, plain lines elsewhere."""
 
@@ -143,6 +219,13 @@ def peak_memory(device: Any) -> int:
 
         return torch.cuda.max_memory_reserved(device)
     return peak_resident()
+
+
+def resident() -> int:
+    """Resident memory of this process [bytes]."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def peak_resident() -> int:

@@ -25,11 +25,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(build: Build) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), fused: no temporary copies of the moments."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), fused: no temporary copies of the moments.
+
+    Its state is made here and not in the first step, so that no step allocates: running out of memory inside one
+    would leave some weights updated and others not.
+    """
     import torch
 
     groups = parameter_groups(build.model, build.weight_decay)
-    return torch.optim.AdamW(groups, lr=build.lr, betas=build.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=build.lr, betas=build.betas, fused=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
 
 
 def check_groups(model: nn.Module, optimizer: Optimizer) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from core.errors import PluginError, TightfitError, UserError, did_you_mean
 from core.hardware import OPTIONAL_MODULES, choose_profile, read_facts
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Plan, Strategy
+from core.memory.simulate import fresh_accelerate
 from core.params import HardwareParams, Params, StrategyChoice
 from core.plan import resolve, runtime
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
@@ -355,8 +356,9 @@ def _build(project: Project, plan: Plan, echo: Callable[[str], None]) -> Build:
 
     hook = runtime(plan).hook
     accelerator = make_accelerator(plan, hook)
-    n_vocab = project.params.tokenizer.n_vocab
-    build = build_training(project, plan, hook, accelerator, n_vocab, lambda line: echo(f"     {line}"))
+    build = build_training(
+        plan, hook, accelerator, plan.model, project.params, lambda line: echo(f"     {line}")
+    )
     check_groups(accelerator.unwrap_model(build.model), build.optimizer)  # as finalize_model left it
     return build
 
@@ -398,22 +400,6 @@ def _can_be_logged(metrics: dict[str, Any], hook: str) -> None:
                 f"{hook}() put a {type(value).__name__} into metrics[{key!r}], which the log cannot hold; "
                 "add a number, such as value.item()"
             ) from None
-
-
-@contextlib.contextmanager
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps one state per process, and a second run with another precision would clash with it."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    try:
-        yield
-    finally:
-        reset()
 
 
 def _judge(losses: list[float], owners: list[str]) -> list[str]:

@@ -20,12 +20,13 @@ from core.errors import UserError
 from core.hookspecs import GIB, Build, Plan
 from core.measure import measure
 from core.model_config import ModelConfig
-from core.monitor import CardMonitor, Progress, card_line, clock_time, peak_flops, peak_memory
+from core.monitor import CardMonitor, MemoryWatch, Progress, card_line, clock_time, peak_flops
 from core.optim import adamw, check_groups, lr_factor
-from core.params import TrainParams
+from core.params import Params, TrainParams
 from core.plan import runtime
 from core.project import Project
 from core.run import Run, save_model
+from core.survive import Survivor
 from core.tokenizer import Tokenizer
 from core.tokens import TokenShards
 
@@ -49,16 +50,20 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
     accelerator = make_accelerator(plan, hook)
     budget, clock = Budget.of(params), Clock()
     progress = Progress(budget.steps, echo, enabled=accelerator.is_main_process)
-    build = build_training(project, plan, hook, accelerator, shards.manifest["n_vocab"], progress.say)
-    config: ModelConfig = build.network.config
+    config = ModelConfig.resolve(project.params.model, shards.manifest["n_vocab"])
+    build = build_training(plan, hook, accelerator, config, project.params, progress.say)
+    memory = MemoryWatch(accelerator.device, plan, progress.say)
     for split in (shards, held_out):
         check_length(split, config.block_size)
     windows = Windows(shards, config.block_size, project.params.seed)
     positions = Positions(
         plan.sequences, plan["micro_batch"], accelerator.process_index, accelerator.num_processes
     )
-    batches = micro_batches(windows, positions, plan)
-    journal = Journal(run, config, plan, params, accelerator)
+    batches, micro_batches_read = micro_batches(windows, positions, plan), plan["gradient_accumulation_steps"]
+    survivor = Survivor(
+        build, lambda window: optimizer_step(build, hook, window, params.grad_clip), plan["micro_batch"]
+    )
+    journal = Journal(run, config, plan, params, accelerator, survivor, memory)
     bytes_of = Tokenizer.load(project.tokens / "tokenizer").token_bytes()
     progress.say(describe(config, plan, windows, budget, journal))
     for note in plan.notes:
@@ -71,9 +76,9 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
         try:
             while not done:
                 lr = set_lr(build, params, step, budget.share(step, clock.seconds()))
-                window = list(islice(batches, plan["gradient_accumulation_steps"]))
-                loss, grad_norm = optimizer_step(build, hook, window, params.grad_clip)
+                window = list(islice(batches, micro_batches_read))
                 step += 1
+                loss, grad_norm = survivor.step(window, step)
                 done = budget.spent(step, clock.seconds())
 
                 evaluating = done or step % params.eval_interval == 0
@@ -84,12 +89,19 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
                     record = journal.step(step, value, lr, grad_norm, clock.lap(step))
                     hook.on_step_end(build=build, step=step, metrics=record)
                     journal.write(record)
+                    memory.look(step, record)
                     fields = step_line(record, budget.seconds_left(step, clock.seconds()))
                 progress.advance(step, fields, logging)
 
                 if evaluating:
                     measured = measure(
-                        build.model, accelerator, held_out, bytes_of, plan["micro_batch"], params.eval_tokens
+                        build.model,
+                        accelerator,
+                        held_out,
+                        bytes_of,
+                        survivor.micro_batch,
+                        params.eval_tokens,
+                        progress.say,
                     )
                     record = journal.evaluation(step, measured)
                     hook.on_evaluate_end(build=build, step=step, metrics=record)
@@ -133,7 +145,9 @@ def optimizer_step(
             total += loss.detach()
             if accelerator.sync_gradients and grad_clip:
                 norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
+            build.updating = accelerator.sync_gradients
             optimizer.step()
+            build.updating = False
             optimizer.zero_grad()
     return total / window_tokens, norm
 
@@ -147,8 +161,11 @@ def step_contexts(build: Build, hook: Any) -> Iterator[None]:
         yield
 
 
-def make_accelerator(plan: Plan, hook: Any) -> Accelerator:
-    """The Accelerator that the plan and its strategies ask for. Raises UserError where the launch does not match."""
+def make_accelerator(plan: Plan, hook: Any, simulated: bool = False) -> Accelerator:
+    """The Accelerator that the plan and its strategies ask for. Raises UserError where the launch does not match.
+
+    simulated: fp16, which a CPU does not have, becomes bf16, which is as wide.
+    """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
@@ -169,6 +186,8 @@ def make_accelerator(plan: Plan, hook: Any) -> Accelerator:
                     f"two strategies disagree on accelerate's {key}: {kwargs[key]!r} and {value!r}"
                 )
     kwargs.setdefault("mixed_precision", "no")
+    if simulated and kwargs["mixed_precision"] == "fp16":
+        kwargs["mixed_precision"] = "bf16"
     accelerator = Accelerator(**kwargs)
     if accelerator.num_processes != plan.num_processes:
         raise UserError(
@@ -183,37 +202,39 @@ def make_accelerator(plan: Plan, hook: Any) -> Accelerator:
     if accelerator.device.type == "cuda":
         # No more than the profile's card has, whatever card this is. By index: accelerate's device may have none.
         index = torch.cuda.current_device()
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.profile.vram_gib * GIB / total), index)
+        free, total = torch.cuda.mem_get_info(index)
+        # Windows would rather move memory into RAM than fail, many times slower: better to fail, and to give way.
+        torch.cuda.set_per_process_memory_fraction(min(free, plan.memory_budget) / total, index)
     return accelerator
 
 
 def build_training(
-    project: Project,
     plan: Plan,
     hook: Any,
     accelerator: Accelerator,
-    n_vocab: int,
+    config: ModelConfig,
+    params: Params,
     say: Callable[[str], None],
+    simulated: bool = False,
 ) -> Build:
     """Model and optimizer, wrapped by strategies and accelerate, in that order."""
     import torch
 
     from core.model import build_model
 
-    torch.manual_seed(project.params.seed + accelerator.process_index)  # dropout
+    torch.manual_seed(params.seed + accelerator.process_index)  # dropout
 
-    params = project.params.train
-    network = build_model(ModelConfig.resolve(project.params.model, n_vocab), project.params.seed)
+    network = build_model(config, params.seed)
     build = Build(
         plan=plan,
         accelerator=accelerator,
         network=network,
         model=network,
-        lr=params.lr,
-        weight_decay=params.weight_decay,
-        betas=(params.beta1, params.beta2),
+        lr=params.train.lr,
+        weight_decay=params.train.weight_decay,
+        betas=(params.train.beta1, params.train.beta2),
         say=say,
+        simulated=simulated,
     )
     build.model.to(accelerator.device)
     hook.prepare_model(build=build)
@@ -315,17 +336,25 @@ class Journal:
     """What a run leaves behind: log.jsonl, the best and last weights, and the figures of its summary."""
 
     def __init__(
-        self, run: Run, config: ModelConfig, plan: Plan, params: TrainParams, accelerator: Accelerator
+        self,
+        run: Run,
+        config: ModelConfig,
+        plan: Plan,
+        params: TrainParams,
+        accelerator: Accelerator,
+        survivor: Survivor,
+        memory: MemoryWatch,
     ) -> None:
         self.run, self.config, self.params, self.accelerator = run, config, params, accelerator
+        self.survivor, self.memory = survivor, memory
         self.card = CardMonitor(accelerator.device)
         self.peak, self.peak_source = peak_flops(plan, accelerator.device)
         self.losses: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.best = math.inf
         self.improved = False
-        self.peak_memory = 0
         self.log: Any = None
+        self.told = 0
 
     def __enter__(self) -> Journal:
         if self.accelerator.is_main_process:
@@ -355,21 +384,24 @@ class Journal:
         if self.peak:
             total = self.peak * self.accelerator.num_processes
             record["share_of_peak"] = rate * self.config.flops_per_token / total
-        record |= self.card.read()
+        record |= self.card.read() | {"memory_gib": self.memory.read() / GIB}
         self.losses.append(record)
         return record
 
     def evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """The record of an evaluation; notes whether it is the best so far, and the peak memory until here."""
+        """The record of an evaluation; notes whether it is the best so far."""
         self.improved = measured["loss"] < self.best
         self.best = min(self.best, measured["loss"])
-        self.peak_memory = max(self.peak_memory, peak_memory(self.accelerator.device))
+        self.memory.read()
         record = {"step": step, "tokens": step * self.params.batch_tokens}
         record |= {"val_loss": measured["loss"], "val_bits_per_byte": measured["bits_per_byte"]}
         self.evaluations.append(record)
         return record
 
     def write(self, record: dict[str, Any]) -> None:
+        while self.told < len(self.survivor.happened):  # what memory made the run give up, as it happened
+            self.told += 1
+            self.write(self.survivor.happened[self.told - 1])
         if self.log is not None:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
@@ -397,7 +429,9 @@ class Journal:
             "best_val_loss": self.best,
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steady),
             "share_of_peak": statistics.median(r.get("share_of_peak", 0.0) for r in steady),
-            "peak_memory_gib": self.peak_memory / GIB,
+            **self.memory.summary(),
+            "micro_batch": self.survivor.micro_batch,
+            "out_of_memory": len(self.survivor.happened),
             "losses": self.losses,
             "evaluations": self.evaluations,
         }
