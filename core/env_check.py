@@ -17,6 +17,8 @@ from core.errors import PluginError, Problems, UserError
 from core.files import write_json, write_text
 from core.hardware import TORCH_HELP, read_facts
 from core.hookspecs import GIB, Facts, Plan
+from core.memory.forecast import Forecaster
+from core.memory.outlook import does_not_fit, memory_lines
 from core.plan import plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
@@ -46,9 +48,13 @@ def env_check(project: Project, echo: Callable[[str], None]) -> Plan:
             raise PluginError(registry.broken(), title="plugins that do not load")
     if params is not None:
         with problems:
-            plan = resolve(params, facts, registry)
+            working = bool(facts.torch_version) and not torch_says["error"]
+            forecaster = Forecaster(project.forecasts) if working else None
+            plan = resolve(params, facts, registry, forecaster)
             for line in plan_lines(plan):
                 echo(line)
+            if not plan.fits:
+                raise UserError(does_not_fit(plan, params, facts, registry, forecaster))
             if stop := cannot_run(plan, facts, torch_says):
                 title = f"this machine cannot run profile {plan.profile.name!r}" if len(stop) > 1 else ""
                 raise UserError(stop, title=title)
@@ -266,6 +272,8 @@ def plan_lines(plan: Plan) -> list[str]:
     for key, choice in {**plan.values, **plan.env}.items():
         lines.append(f"  {key} = {choice.value}: {choice.reason} [{choice.by}]")
     lines += [f"  note       {note}" for note in plan.notes]
+    if plan.fit is not None:
+        lines += memory_lines(plan)
     return lines
 
 

@@ -35,6 +35,8 @@ class HardwareParams(Section):
     """Name of a hardware profile, or "auto": the profile that matches this machine."""
     num_processes: Positive = 1
     """Processes to train with, one per GPU; above 1, train starts itself through `accelerate launch`."""
+    memory_gib: PositiveFloat | None = None
+    """Memory that a training step may use [GiB]; null: what is free on the card, or half of the RAM on a CPU."""
     strategies: StrategyChoice = StrategyChoice()
     options: dict[str, dict[str, Any]] = {}
     """Options of strategies: {strategy: {option: value}}; they win over the profile's."""

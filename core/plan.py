@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import pluggy
@@ -26,18 +28,22 @@ from core.hookspecs import (
     RuntimeSpecs,
     Strategy,
 )
+from core.memory.forecast import Forecaster, memory_budget
+from core.memory.ladder import climb, rungs_of
 from core.model_config import ModelConfig
 from core.params import HardwareParams, Params
 from core.plugins import Registry, many
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
-def resolve(params: Params, facts: Facts, registry: Registry) -> Plan:
+def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Forecaster | None = None) -> Plan:
     """Return the plan for `params` on the machine `facts`.
 
-    Raises PluginError for broken plugins and strategies that do not work together, UserError for sizes that do not
-    fit together; all problems at once, as far as one can be looked at without the other.
+    forecaster: predicts memory, by which the micro-batch and what saves memory are chosen; see `Plan.fits`. None: the
+    largest micro-batch, unseen. Raises PluginError for broken plugins and strategies that do not work together,
+    UserError for sizes that do not fit together; all problems at once, as far as one can be looked at without the
+    other.
     """
     problems = Problems()
     with problems:
@@ -58,21 +64,60 @@ def resolve(params: Params, facts: Facts, registry: Registry) -> Plan:
     sequences = params.hardware.num_processes
     with problems:
         sequences = _sequences(params, model)
-    plan = Plan(
-        profile=profile,
-        profile_reason=why,
-        model=model,
-        sequences=sequences,
-        num_processes=params.hardware.num_processes,
-        memory_budget=_memory_budget(profile, facts),
-        micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
-    )
+    budget, why_budget = memory_budget(profile, facts, params.hardware.memory_gib)
+
+    def draft(rungs: Sequence[Strategy] = ()) -> Plan:
+        plan = Plan(
+            profile=profile,
+            profile_reason=why,
+            model=model,
+            sequences=sequences,
+            num_processes=params.hardware.num_processes,
+            memory_budget=budget,
+            memory_reason=why_budget,
+            micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
+        )
+        _choose_strategies(plan, params.hardware, facts, registry, rungs)
+        _decide_values(plan, params, facts)
+        return plan
+
+    plan = None
     with problems:
-        _choose_strategies(plan, params.hardware, facts, registry)
-    if problems.found:
+        plan = draft()
+    if plan is None or problems.found:
         raise problems.joined()
-    _decide_values(plan, params, facts)
+    if forecaster is None:
+        return plan
+    rungs = rungs_of(plan, facts, registry, params.hardware.strategies.remove)
+    plan, fit, plan.ladder = climb(
+        draft, lambda tried: forecaster.fit(tried, params, registry, tried.micro_batches), rungs
+    )
+    plan.fit = fit
+    plan.rungs_left = rungs_of(plan, facts, registry, params.hardware.strategies.remove)
+    _take_micro_batch(plan)
     return plan
+
+
+def _take_micro_batch(plan: Plan) -> None:
+    """The micro-batch that fits, and what the ladder took for it."""
+    n, steps = (
+        plan.fit.forecast.micro_batch,
+        plan.sequences // plan.num_processes // plan.fit.forecast.micro_batch,
+    )
+    if n != plan["micro_batch"]:
+        needs, has = plan.fit.forecast.needed / GIB, plan.memory_budget / GIB
+        reason = (
+            f"the largest that fits: {needs:.2f} of {has:.2f} GiB" if plan.fits else "the smallest there is"
+        )
+        plan.set("micro_batch", n, reason=reason, by="core")
+        reason = f"{n * steps} sequences per step / {n}: the batch in tokens does not change"
+        plan.set("gradient_accumulation_steps", steps, reason=reason, by="core")
+    for before, rung in pairwise(plan.ladder):
+        if not rung.taken:
+            continue
+        saved = f"{rung.strategy} was switched on: it saves {(before.needed - rung.needed) / GIB:.2f} GiB"
+        changes = next(s for s in plan.active if s.name == rung.strategy).affects == "recipe"
+        plan.notes.append(f"{saved}; it changes the numbers of the run" if changes else saved)
 
 
 def _profile(hardware: HardwareParams, facts: Facts, registry: Registry) -> tuple[HardwareProfile, str]:
@@ -96,15 +141,13 @@ def _sequences(params: Params, model: ModelConfig) -> int:
     return batch // block
 
 
-def _memory_budget(profile: HardwareProfile, facts: Facts) -> int:
-    """Bytes a step may use: a share of the card, or of the machine's RAM."""
-    if profile.device == "cpu":
-        return int(facts.ram_bytes * 0.5)
-    return int(profile.vram_gib * GIB * profile.vram_budget)
+def _choose_strategies(
+    plan: Plan, hardware: HardwareParams, facts: Facts, registry: Registry, rungs: Sequence[Strategy]
+) -> None:
+    """Fill plan.active (ordered), plan.skipped and plan.options, or raise PluginError with every problem.
 
-
-def _choose_strategies(plan: Plan, hardware: HardwareParams, facts: Facts, registry: Registry) -> None:
-    """Fill plan.active (ordered), plan.skipped and plan.options, or raise PluginError with every problem."""
+    rungs: strategies of the memory ladder, besides those that profile and params ask for.
+    """
     profile, choice, problems = plan.profile, hardware.strategies, []
     wanted: dict[str, tuple[bool, str]] = {}  # name → (optional, key that asked for it)
     for entry in profile.strategies:
@@ -115,6 +158,8 @@ def _choose_strategies(plan: Plan, hardware: HardwareParams, facts: Facts, regis
         if name not in registry.strategies:
             problems.append(registry.unknown_strategy(name, "hardware.strategies.remove"))
         wanted.pop(name, None)
+    for rung in rungs:
+        wanted.setdefault(rung.name, (False, "the memory ladder"))
 
     chosen: list[Strategy] = []
     for name, (optional, key) in wanted.items():
@@ -259,6 +304,7 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
         plan.set("micro_batch", plan.micro_batch, reason="train.micro_batch", by=core)
     else:
         plan.set("micro_batch", per_process, reason="the whole batch at once: accumulation is off", by=core)
+    plan.micro_batches = (plan["micro_batch"],)
     plan.set("gradient_accumulation_steps", 1, reason="accumulation is off", by=core)
     plan.set("num_workers", 0, reason="loader is off: batches are read in the training process", by=core)
     plan.set("pin_memory", False, reason="loader is off", by=core)
@@ -386,9 +432,17 @@ def plan_dict(plan: Plan, registry: Registry) -> dict[str, Any]:
             **{key: f"{choice.reason} [{choice.by}]" for key, choice in plan.values.items()},
             **{key: f"{choice.reason} [{choice.by}]" for key, choice in plan.env.items()},
         },
-        "estimated_bytes": plan.step_bytes(plan["micro_batch"]),
+        "memory": memory_dict(plan),
+        "ladder": [asdict(rung) for rung in plan.ladder],
         "notes": plan.notes,
     }
+
+
+def memory_dict(plan: Plan) -> dict[str, Any]:
+    """What was predicted [bytes, seconds]; nothing where nobody looked."""
+    if plan.fit is None:
+        return {}
+    return {"budget": plan.memory_budget, "budget_reason": plan.memory_reason, **asdict(plan.fit)}
 
 
 def plan_json(plan: Plan, registry: Registry) -> str:

@@ -72,6 +72,11 @@ class Project:
         return self.reports / "env.json"
 
     @property
+    def forecasts(self) -> Path:
+        """What the memory planner was asked before: volatile, git-ignored, no DVC output."""
+        return self.reports / "forecasts.json"
+
+    @property
     def final_model(self) -> Path:
         """train's output: model.safetensors, config.json and the tokenizer."""
         return self.root / "models" / "final"

@@ -1,0 +1,92 @@
+"""How far a plan must go to fit: rungs are strategies that save memory, and are climbed only as far as needed.
+
+A rung that leaves the numbers alone is also taken where it makes the step faster, by what it frees for a larger
+micro-batch. One that changes them, such as an optimizer with 8-bit moments, only where nothing else fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from core.hookspecs import Facts, Plan, Strategy
+from core.memory.forecast import Fit
+from core.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder, as it was tried."""
+
+    strategy: str
+    """Empty for the ground: no rung at all."""
+    taken: bool
+    needed: int
+    """Bytes of a step at the smallest micro-batch, with this rung and those below."""
+    micro_batch: int
+    """The largest that fits; 0: none does."""
+    seconds: float | None
+    """An optimizer step at that micro-batch, as the roofline has it."""
+    note: str
+
+
+def climb(
+    draft: Callable[[Sequence[Strategy]], Plan], fit: Callable[[Plan], Fit], rungs: Sequence[Strategy]
+) -> tuple[Plan, Fit, list[Rung]]:
+    """The plan with the rungs that it takes, its fit, and what was tried. Nothing fits: the highest rung's."""
+    tried: list[tuple[Plan, Fit, str]] = []
+    up: list[Strategy] = []
+    best = -1
+    for rung in (None, *rungs):
+        if rung is not None:
+            if best >= 0 and (rung.affects == "recipe" or tried[best][1].forecast.seconds is None):
+                break
+            if not set(rung.requires) <= {s.name for s in tried[0][0].active} | {s.name for s in up}:
+                continue
+            up = [s for s in up if not (rung.slot and s.slot == rung.slot)] + [rung]
+        plan = draft(up)
+        answer = fit(plan)
+        tried.append((plan, answer, rung.name if rung else ""))
+        if answer.fits and (best < 0 or _seconds(answer) < _seconds(tried[best][1])):
+            best = len(tried) - 1
+    chosen = best if best >= 0 else len(tried) - 1
+    plan, answer, _ = tried[chosen]
+    active = {s.name for s in plan.active}
+    record = []
+    for i, (_, a, name) in enumerate(tried):
+        note = "" if i <= chosen else "not faster" if a.fits else "does not fit"
+        record.append(
+            Rung(
+                strategy=name,
+                taken=not name or name in active,
+                needed=a.smallest.needed,
+                micro_batch=a.forecast.micro_batch if a.fits else 0,
+                seconds=_seconds(a) if a.fits and a.forecast.seconds else None,
+                note=note,
+            )
+        )
+    return plan, answer, record
+
+
+def _seconds(answer: Fit) -> float:
+    assert answer.forecast.seconds is not None
+    return answer.forecast.seconds[0]
+
+
+def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str]) -> list[Strategy]:
+    """The rungs that this plan could climb, cheapest first: they work here, nobody removed them, their role is free."""
+    taken = {s.slot for s in plan.active if s.slot}
+    active = {s.name for s in plan.active}
+    return sorted(
+        (
+            s
+            for s in registry.strategies.values()
+            if s.rung > 0
+            and s.name not in active
+            and s.name not in removed
+            and s.slot not in taken
+            and not active & set(s.conflicts)
+            and s.available(facts, plan.profile) is None
+        ),
+        key=lambda s: (s.rung, s.name),
+    )

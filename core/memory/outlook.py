@@ -1,0 +1,238 @@
+"""What a forecast means to a person: where the memory goes, how long the run takes, and what would fit instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from core.errors import TightfitError
+from core.hardware import OPTIONAL_MODULES
+from core.hookspecs import GIB, Facts, Plan
+from core.memory.forecast import MARGIN, Forecaster
+from core.model_config import PRESETS, ModelConfig
+
+if TYPE_CHECKING:
+    from core.params import Params
+    from core.plugins import Registry
+
+MIN_CONTEXT = 128
+"""The shortest context that is proposed [tokens]."""
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
+"""Keys of `model` that a preset stands for."""
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """A rung of a plan's ladder as a person reads it."""
+
+    strategy: str
+    """Empty for the ground."""
+    needed: int
+    """At the smallest micro-batch [bytes]."""
+    saved: int
+    """Against what the plan would be without it [bytes]."""
+    micro_batch: int
+    """The largest that fits; 0: none does."""
+    seconds: float | None
+    """An optimizer step at that micro-batch, at best."""
+    verdict: str
+
+
+def climbed(plan: Plan) -> list[Climbed]:
+    """The plan's ladder, from the ground up, with what each rung saved and why it is on or not."""
+    rows: list[Climbed] = []
+    kept = None
+    for i, rung in enumerate(plan.ladder):
+        below = kept if rung.taken else plan.ladder[i - 1]  # what is not taken was tried on top of all below
+        above = next((r.strategy for r in plan.ladder[i + 1 :] if r.taken), "")
+        off = f"off: {rung.note or f'{above} takes its place'}"
+        rows.append(
+            Climbed(
+                strategy=rung.strategy,
+                needed=rung.needed,
+                saved=below.needed - rung.needed if below and rung.strategy else 0,
+                micro_batch=rung.micro_batch,
+                seconds=rung.seconds,
+                verdict="" if not rung.strategy else "on" if rung.taken else off,
+            )
+        )
+        kept = rung if rung.taken else kept
+    return rows
+
+
+def usable(plan: Plan) -> int:
+    """Of the memory budget, what a plan may count on: the budget less the margin for what a forecast misses [bytes]."""
+    return int(plan.memory_budget * (1 - MARGIN))
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """The forecast of a plan in a few lines."""
+    f = plan.fit.forecast
+    verdict = "" if plan.fits else "DOES NOT FIT: "
+    parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in f.parts.items() if n)
+    lines = [
+        f"memory       {verdict}{f.needed / GIB:.2f} of {usable(plan) / GIB:.2f} GiB at micro-batch {f.micro_batch}",
+        f"  budget     {plan.memory_budget / GIB:.2f} GiB, of which {MARGIN:.0%} stay free: {plan.memory_reason}",
+        f"  peak       {parts}; in {f.op}, {f.phase}",
+    ]
+    for rung in climbed(plan)[1:]:
+        fits = f"micro-batch {rung.micro_batch}" if rung.micro_batch else "does not fit"
+        lines.append(f"  ladder     {rung.strategy}: saves {rung.saved / GIB:.2f} GiB, {fits} ({rung.verdict})")
+    if tokens_per_second(plan):
+        lines.append(f"speed        {speed(plan)}")
+    return lines
+
+
+def tokens_per_second(plan: Plan) -> tuple[float, float] | None:
+    """At worst and at best; None where the device's rates are unknown."""
+    seconds = plan.fit.forecast.seconds if plan.fit else None
+    if not seconds:
+        return None
+    tokens = plan["batch_tokens"]
+    return tokens / seconds[1], tokens / seconds[0]
+
+
+def speed(plan: Plan) -> str:
+    """The tokens per second as a sentence."""
+    worst, best = tokens_per_second(plan) or (0.0, 0.0)
+    return f"{worst:,.0f} to {best:,.0f} tokens/s expected, from bandwidth and FLOP/s"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long a whole run takes and how many tokens it sees: ranges, at best and at worst."""
+
+    tokens: tuple[int, int]
+    seconds: tuple[float, float] | None
+    """None where the device's rates are unknown."""
+
+
+def whole_run(plan: Plan, params: Params) -> Run | None:
+    """What the budget of `train` comes to; None where it is in minutes and the device's rates are unknown."""
+    rates, train = tokens_per_second(plan), params.train
+    if train.max_minutes:
+        seconds = train.max_minutes * 60
+        return Run((int(rates[1] * seconds), int(rates[0] * seconds)), (seconds, seconds)) if rates else None
+    steps = train.max_steps or max(1, round((train.max_tokens or 0) / train.batch_tokens))
+    tokens = steps * train.batch_tokens
+    return Run((tokens, tokens), (tokens / rates[1], tokens / rates[0]) if rates else None)
+
+
+# ---- what does not fit
+
+
+def does_not_fit(
+    plan: Plan, params: Params, facts: Facts, registry: Registry, forecaster: Forecaster | None
+) -> list[str]:
+    """Why the plan cannot run, and what would fit."""
+    f = plan.fit.forecast
+    what = f"{plan.model.n_params / 1e6:,.0f}M parameters, {f.micro_batch} x {plan.model.block_size} tokens"
+    has = f"{usable(plan) / GIB:.2f} may be used ({plan.memory_reason}; {MARGIN:.0%} stay free)"
+    found = remedies(plan, params, facts, registry, forecaster)
+    larger = f"nothing that was tried; it takes a card with {f.needed / (1 - MARGIN) / GIB:.1f} GiB free"
+    return [
+        f"out of memory before it starts: {what} need {f.needed / GIB:.2f} GiB, and {has}; "
+        f"what would fit: {'; or '.join(found) or larger}"
+    ]
+
+
+def remedies(
+    plan: Plan, params: Params, facts: Facts, registry: Registry, forecaster: Forecaster | None
+) -> list[str]:
+    """Changes of params.yaml with which it fits, each tried by itself: the least far-reaching first."""
+    attempt = _Attempt(plan, params, facts, registry, forecaster)
+    found = (
+        attempt.own_settings(),
+        attempt.what_is_not_installed(),
+        attempt.shorter_context(),
+        attempt.smaller_preset(),
+    )
+    return [remedy for remedy in found if remedy]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Plans like the one that does not fit, each with one thing changed."""
+
+    plan: Plan
+    params: Params
+    facts: Facts
+    registry: Registry
+    forecaster: Forecaster | None
+
+    def planned(self, facts: Facts | None = None, **changes: dict[str, Any]) -> Plan | None:
+        """The plan with keys of sections changed; None where that does not fit. It starts at the ladder's top: one
+        simulation instead of one per rung, and what fits there fits from the ground up."""
+        from core.plan import resolve
+
+        params = changed(self.params, **changes)
+        choice = params.hardware.strategies
+        rungs = [r.strategy for r in self.plan.ladder[1:] if r.taken and r.strategy not in choice.remove]
+        choice = choice.model_copy(update={"add": list(dict.fromkeys([*choice.add, *rungs]))})
+        try:
+            plan = resolve(
+                changed(params, hardware={"strategies": choice}),
+                facts or self.facts,
+                self.registry,
+                self.forecaster,
+            )
+        except TightfitError:  # such as sizes of the user's own that do not go with another preset
+            return None
+        return plan if plan.fits else None
+
+    def own_settings(self) -> str:
+        """What the user has set himself, and could leave to the planner."""
+        hardware, train = self.params.hardware, self.params.train
+        choice = hardware.strategies
+        saving = [n for n in choice.remove if n in self.registry.strategies and self._saves_memory(n)]
+        kept = choice.model_copy(update={"remove": [n for n in choice.remove if n not in saving]})
+        if train.micro_batch != "auto" and self.planned(train={"micro_batch": "auto"}):
+            return "train.micro_batch: auto"
+        if saving and self.planned(hardware={"strategies": kept}):
+            return f"hardware.strategies.remove without {', '.join(saving)}"
+        if hardware.memory_gib and self.planned(hardware={"memory_gib": None}):
+            return "hardware.memory_gib: null"
+        return ""
+
+    def _saves_memory(self, strategy: str) -> bool:
+        return strategy == "accumulation" or self.registry.strategies[strategy].rung > 0
+
+    def what_is_not_installed(self) -> str:
+        """Strategies that lack a package here."""
+        complete = replace(self.facts, modules=frozenset(OPTIONAL_MODULES))
+        with_it = self.planned(complete) if complete != self.facts else None
+        missing = with_it.active if with_it else []
+        why = {s.name: s.available(self.facts, self.plan.profile) for s in missing}
+        return ", ".join(f"the strategy {name} ({reason})" for name, reason in why.items() if reason)
+
+    def shorter_context(self) -> str:
+        """Halves of the context; weights and optimizer do not shrink with it."""
+        context = self.plan.model.block_size // 2
+        while context >= MIN_CONTEXT and self.plan.fit.smallest.resident < usable(self.plan):
+            sequences, odd = divmod(self.params.train.batch_tokens, context)
+            whole = not odd and not sequences % self.plan.num_processes
+            if whole and self.planned(model={"block_size": context}):
+                return f"model.block_size: {context}"
+            context //= 2
+        return ""
+
+    def smaller_preset(self) -> str:
+        """The largest preset that fits, with nothing of the user's own sizes."""
+        model = self.params.model
+        per_parameter = self.plan.fit.smallest.resident / self.plan.model.n_params
+        for preset in reversed(PRESETS):
+            sizes = {"preset": preset, **dict.fromkeys(SIZES)}
+            n_params = ModelConfig.resolve(
+                model.model_copy(update=sizes), self.params.tokenizer.n_vocab
+            ).n_params
+            smaller = n_params < self.plan.model.n_params
+            if smaller and n_params * per_parameter < usable(self.plan) and self.planned(model=sizes):
+                own = [name for name in SIZES if getattr(model, name) is not None]
+                return f"model.preset: {preset}" + (f" without {', '.join(own)}" if own else "")
+        return ""
+
+
+def changed(params: Params, **sections: dict[str, Any]) -> Params:
+    """Params with some keys of some sections changed, unchecked: changed(params, model={"preset": "nano"})."""
+    copies = {name: getattr(params, name).model_copy(update=keys) for name, keys in sections.items()}
+    return params.model_copy(update=copies)
