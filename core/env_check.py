@@ -17,7 +17,7 @@ from core.errors import PluginError, Problems, UserError
 from core.files import write_json, write_text
 from core.hardware import TORCH_HELP, read_facts
 from core.hookspecs import GIB, Facts, Plan
-from core.memory.forecast import Forecaster
+from core.memory.forecast import CONTEXT_BYTES, Forecaster
 from core.memory.outlook import does_not_fit, memory_lines
 from core.plan import plan_json, resolve
 from core.plugins import Registry
@@ -197,6 +197,14 @@ def cannot_run(plan: Plan, facts: Facts, torch_says: dict[str, Any]) -> list[str
             problems.append(
                 f"hardware.profile: {name} has {plan.profile.vram_gib:g} GiB, "
                 f"{gpu.name} {gpu.vram_bytes / GIB:.1f}; {instead}"
+            )
+        free = _free_vram(gpu.nvml_index)
+        needed = plan.fit.forecast.needed + CONTEXT_BYTES if plan.fit else 0
+        if free and free < needed:
+            problems.append(
+                f"{gpu.name} has {free / GIB:.2f} GiB free at the moment, the step needs {needed / GIB:.2f} with "
+                "CUDA's context: close what else uses the card (nvidia-smi lists it), or set hardware.memory_gib to "
+                f"{max(0.1, (free - CONTEXT_BYTES) / GIB):.1f}"
             )
     if plan.num_processes > 1 and facts.os == "windows":
         problems.append(

@@ -51,17 +51,13 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, len(x), chunk):
             rows, wanted = x[start : start + chunk], targets[start : start + chunk, None]
-            logits = (rows @ w.t()).float()  # [chunk, V]; from here on in place
-            logits -= logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, wanted)
-            sums = logits.exp_().sum(1, keepdim=True)
-            total += (sums.log() - chosen).sum()
+            log_p = F.log_softmax(rows @ w.t(), 1, dtype=torch.float32)  # [chunk, V]; from here on in place
+            total -= log_p.gather(1, wanted).sum()
             if not (needs_x or needs_w):
                 continue
-            logits /= sums
-            logits.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
-            grad = logits.to(dtype)  # probabilities, less 1 at the targets
-            del logits
+            log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+            grad = log_p.to(dtype)  # probabilities, less 1 at the targets
+            del log_p
             if grad_x is not None:
                 grad_x[start : start + chunk] = grad @ w
             if grad_w is not None:

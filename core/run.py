@@ -22,7 +22,7 @@ from core.plan import recipe_strategies
 from core.project import Project
 
 # What computes the numbers of a run.
-NUMERICS = ("batches.py", "loss.py", "measure.py", "model.py", "optim.py", "trainer.py")
+NUMERICS = ("batches.py", "loss.py", "measure.py", "model.py", "optim.py", "optim8bit.py", "trainer.py")
 
 
 def fingerprint(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> str:

@@ -81,6 +81,8 @@ class Forecast:
     """Per optimizer step."""
     seconds: tuple[float, float] | None = None
     """An optimizer step, at best and at worst; None where the device's rates are unknown."""
+    gain: float = 0.0
+    """Share of that time which a larger micro-batch could save at most."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,10 @@ class Forecaster:
             free = tape.play(n, steps > 1, settings)
             allocated, reserved = free.peak_allocated, free.peak_reserved
             needed = smallest_limit(tape, n, steps > 1, settings, allocated, reserved)
-        rates, seconds = self._rates(plan), None
+        rates, seconds, gain = self._rates(plan), None, 0.0
         if rates:
-            ideal = tape.seconds(n, steps, *rates)
-            seconds = (ideal / ROOFLINE_SHARE[1], ideal / ROOFLINE_SHARE[0])
+            ideal, endless = tape.seconds(n, steps, *rates), tape.seconds(64 * n, steps / 64, *rates)
+            seconds, gain = (ideal / ROOFLINE_SHARE[1], ideal / ROOFLINE_SHARE[0]), 1 - endless / ideal
         return Forecast(
             micro_batch=n,
             needed=needed + extra,
@@ -176,6 +178,7 @@ class Forecaster:
             resident=peak.resident,
             flops=tape.flops(n, steps),
             seconds=seconds,
+            gain=gain,
         )
 
     def _rates(self, plan: Plan) -> tuple[float, float] | None:

@@ -13,6 +13,9 @@ from core.hookspecs import Facts, Plan, Strategy
 from core.memory.forecast import Fit
 from core.plugins import Registry
 
+WORTH = 0.05
+"""A larger micro-batch must promise this much less time before another rung is tried for it."""
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -39,7 +42,7 @@ def climb(
     best = -1
     for rung in (None, *rungs):
         if rung is not None:
-            if best >= 0 and (rung.affects == "recipe" or tried[best][1].forecast.seconds is None):
+            if best >= 0 and (rung.affects == "recipe" or tried[best][1].forecast.gain < WORTH):
                 break
             if not set(rung.requires) <= {s.name for s in tried[0][0].active} | {s.name for s in up}:
                 continue

@@ -113,6 +113,7 @@ def narrate(build: Any, trace: Any) -> None:
     accumulate, backward, clip = accelerator.accumulate, accelerator.backward, accelerator.clip_grad_norm_
     step, layers = build.optimizer.step, build.network.layers
     begun = micro_batch = 0
+    trace.chunked_head = build.network.loss_chunk > 0
 
     def on_accumulate(*models: Any) -> Any:
         nonlocal begun, micro_batch
@@ -126,6 +127,7 @@ def narrate(build: Any, trace: Any) -> None:
 
     def on_backward(loss: Any, **kwargs: Any) -> None:
         trace.keep_activations(begun)
+        tape.begin(f"loss {micro_batch}")
         backward(loss, **kwargs)
 
     def before_layer(i: int) -> Any:
@@ -196,27 +198,45 @@ def fresh_accelerate() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_semantics(cuda: bool) -> Iterator[None]:
-    """Where device cpu stands for a card: dropout as CUDA does it.
+    """Where device cpu stands for a card: what torch does in another way there.
 
-    F.dropout on a CPU keeps a mask of the input's width, on CUDA one of bools; attention's dropout sends a CPU to the
-    path that holds [T, T], on CUDA it happens inside the kernel.
+    F.dropout on a CPU keeps a mask of the input's width, on CUDA one of bools. Attention's dropout sends a CPU to the
+    path that holds [T, T], on CUDA it happens inside the kernel. rms_norm is taken apart on a CPU; CUDA has a kernel
+    that keeps its input and one number a row (aten/src/ATen/native/cuda/layer_norm_kernel.cu, _fused_rms_norm_cuda).
     """
+    import torch
     import torch.nn.functional as F
-    from torch.overrides import TorchFunctionMode
 
-    class Dropout(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            import torch
+    class FusedRMSNorm(torch.autograd.Function):
+        """The kernel's memory. It computes nothing."""
 
-            kwargs = kwargs or {}
-            if func is F.scaled_dot_product_attention:
-                return func(*args, **{**kwargs, "dropout_p": 0.0})
-            if func is F.dropout:
-                x, p, training = (*args, *(kwargs[k] for k in ("p", "training") if k in kwargs))[:3]
-                return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x
-            return func(*args, **kwargs)
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any) -> Any:
+            rows = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+            ctx.save_for_backward(x, weight, rows)
+            return torch.empty_like(x)
 
-    with Dropout() if cuda else contextlib.nullcontext():
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            x, weight, _ = ctx.saved_tensors
+            return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+    attention = F.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, **kwargs: Any) -> Any:
+        return attention(*args, **{**kwargs, "dropout_p": 0.0})
+
+    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x
+
+    def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        return FusedRMSNorm.apply(x, weight)
+
+    with contextlib.ExitStack() as stack:
+        if cuda:
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
+            stack.enter_context(mock.patch.object(F, "dropout", dropout))
+            stack.enter_context(mock.patch.object(F, "rms_norm", rms_norm))
         yield
 
 

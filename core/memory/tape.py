@@ -20,7 +20,7 @@ class Segment(NamedTuple):
     """A stretch of a tape: a part of the step, and the layer that is at work where it is one."""
 
     part: str
-    """build, forward 1, head 1, backward 1, tail 1, forward 2, …, update."""
+    """build, forward 1, head 1, loss 1, backward 1, tail 1, forward 2, …, update."""
     layer: int | None
     event: int
     """Where it begins in `Tape.events`,"""
@@ -139,7 +139,7 @@ class Tape:
         return sum(op[0] for op in self.roofline[second:update]) * micro_batch * accumulation_steps
 
     def seconds(
-        self, micro_batch: int, accumulation_steps: int, flops_per_second: float, bytes_per_second: float
+        self, micro_batch: int, accumulation_steps: float, flops_per_second: float, bytes_per_second: float
     ) -> float:
         """Time of an optimizer step where each operation runs at the faster-reached of two limits [seconds].
 

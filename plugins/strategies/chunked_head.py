@@ -9,7 +9,7 @@ from core.hookspecs import Phase, Strategy, hookimpl
 class ChunkedHead(Strategy):
     name, phase, slot = "chunked_head", Phase.MODEL, "head"
     rung, mid_run = 10, True
-    defaults = {"tokens": 256}
+    defaults = {"tokens": 512}
 
     @hookimpl
     def check_plan(self, plan):
