@@ -304,6 +304,26 @@ def _train(
         )
         if baseline and not step.problems:
             step.problems += _compare(subject, losses, baseline)
+    if not step.problems:
+        _plan_memory(result, _cpu_plan(registry, facts, cpu, usable), _cpu_plan(registry, facts, cpu, alone))
+
+
+def _plan_memory(result: Check, plan: Plan, without: Plan) -> None:
+    """The planner runs the step on tensors without data; see core/memory/simulate.py."""
+    from core.memory.simulate import simulate
+
+    params = Params.model_validate(TINY)
+    with result.step("its memory can be planned") as step:
+        try:
+            peaks = [simulate(p, params).peak(p["micro_batch"], False).bytes for p in (plan, without)]
+        except Exception as error:
+            raise PluginError(
+                f"the step does not run on tensors without data ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}); where build.simulated is true, stand in for "
+                "kernels that need values (docs/plugins.md)"
+            ) from error
+        if plan.active != without.active:
+            step.notes.append(f"     {peaks[0] / 1024:.0f} KiB at peak, {peaks[1] / 1024:.0f} without it")
 
 
 def _usable(
