@@ -62,6 +62,7 @@ class _Chunked(torch.autograd.Function):
                 grad_x[start : start + chunk] = grad @ w
             if grad_w is not None:
                 _add_product(grad_w, grad, rows)
+            del grad  # before the next logits
         ctx.grad_x, ctx.grad_w, ctx.weight = grad_x, grad_w, weight
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return total

@@ -21,14 +21,6 @@ PRESETS = {
     "1.5b": (48, 25, 1600, 1024),
 }
 
-# Bytes kept for backward per token and layer, by n_embd and by n_inner: python -m bench.activation_bytes.
-ACTIVATION_BYTES = {
-    ("qwen3", True): (45, 8),
-    ("qwen3", False): (57, 16),
-    ("gpt2", True): (21, 4),
-    ("gpt2", False): (33, 8),
-}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -133,21 +125,6 @@ class ModelConfig:
     def flops_per_token(self) -> int:
         """Forward and backward of one token: 6 N + 12 L T C (PaLM, arXiv 2204.02311, appendix B)."""
         return 6 * self.matmul_params + 12 * self.n_layer * self.block_size * self.head_dim * self.n_head
-
-    def step_bytes(self, micro_batch: int, dtype: str) -> int:
-        """Rule of thumb for the peak memory of a training step with AdamW [bytes].
-
-        Weights, gradients and two moments in fp32: 16 bytes a parameter, and 2 more for autocast's copy. What autograd
-        keeps per token and layer: ACTIVATION_BYTES, measured. Logits: 14 bytes each under autocast (half logits 2, fp32
-        log-softmax 4, two fp32 gradients 8), 16 in fp32.
-        """
-        tokens = micro_batch * self.block_size
-        half = dtype != "fp32"
-        per_channel, per_inner = ACTIVATION_BYTES[self.architecture, half]
-        state = self.n_params * (18 if half else 16)
-        activations = tokens * self.n_layer * (per_channel * self.n_embd + per_inner * self.n_inner)
-        logits = tokens * self.vocab_size * (14 if half else 16)
-        return state + activations + logits
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

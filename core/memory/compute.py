@@ -7,24 +7,28 @@ throughout, as everywhere in Tightfit; CUDA_VISIBLE_DEVICES says which that is.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from core.errors import UserError, did_you_mean
-from core.hookspecs import GIB
+from core.hookspecs import GIB, HardwareProfile, Phase, Plan, Strategy, hookimpl
+from core.memory.allocator import AllocatorSettings
+from core.memory.forecast import CPU_SHARE, smallest_limit
 from core.model_config import PRESETS, ModelConfig
 from core.monitor import peak_resident
+from core.params import ModelParams, Params
 
 if TYPE_CHECKING:
     import torch
 
-    from core.params import Params
+    from core.memory.tape import Tape
 
 MODES = ("auto", "cpu", "gpu", "hybrid")
 WORKLOADS = {"train": "gpu", "evaluate": "gpu", "generate": "gpu", "data": "cpu", "tokenize": "cpu"}
 """Where hybrid sends each workload."""
-CPU_SHARE = 0.5
-"""Of the available RAM, for one step; core/plan.py leaves the same share to the rest of the machine."""
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def gpu_problem() -> str | None:
@@ -216,9 +220,9 @@ class Compute:
         (torch's own cache counts as used: `optimize_memory()` first); on the CPU half the available RAM.
         model: default is the one that the current folder's params.yaml describes.
 
-        The size of a step is `ModelConfig.step_bytes`. This is a micro-batch; it may be larger than your
-        train.batch_tokens. Never 0: raises UserError naming a smaller preset where not even one sequence fits, and
-        for a multiplier out of range.
+        The step is that of `step_memory`, on a card with what torch's allocator takes beyond it. This is a
+        micro-batch; it may be larger than your train.batch_tokens. Never 0: raises UserError naming a smaller preset
+        where not even one sequence fits, and for a multiplier out of range.
         """
         if not isinstance(vram_usage_multiplier, (int, float)) or not 0 < vram_usage_multiplier <= 1:
             raise UserError(
@@ -231,46 +235,113 @@ class Compute:
             if dtype in params.hardware.strategies.remove:
                 dtype = "fp32"
         free = self.get_memory_stats()["free_gib"] * GIB * (CPU_SHARE if self.gpu is None else 1)
-        budget = free * vram_usage_multiplier
-        if model.step_bytes(1, dtype) > budget:
-            raise UserError(_too_large(model, dtype, budget))
+        budget = int(free * vram_usage_multiplier)
+        tape = self._tape(model, dtype)
+        if not self._fits(tape, 1, budget):
+            raise UserError(self._too_large(model, dtype, budget))
         n = 1
-        while model.step_bytes(2 * n, dtype) <= budget:
+        while self._fits(tape, 2 * n, budget):
             n *= 2
         return n
+
+    def _tape(self, model: ModelConfig, dtype: str) -> Tape:
+        if self.gpu is None:
+            return _tape_of(model, dtype, "cpu")
+        import torch
+
+        return _tape_of(model, dtype, "cuda", torch.cuda.get_device_capability(self.gpu))
+
+    def _fits(self, tape: Tape, n: int, budget: int) -> bool:
+        if self.gpu is None:
+            return tape.peak(n, accumulates=True).bytes <= budget
+        return tape.fits(n, True, _allocator_settings(), budget)
+
+    def _too_large(self, model: ModelConfig, dtype: str, budget: int) -> str:
+        """Say that one sequence does not fit into `budget` [bytes], and name the largest preset of which one does."""
+        own = ModelParams(
+            architecture=model.architecture,  # type: ignore[arg-type]
+            tie_embeddings=model.tie_embeddings,
+            dropout=model.dropout,
+        )
+        presets = {
+            name: ModelConfig.resolve(own.model_copy(update={"preset": name}), model.vocab_size)
+            for name in PRESETS
+        }
+        smaller = [name for name in reversed(PRESETS) if presets[name].n_params < model.n_params]
+        fits = next(
+            (name for name in smaller if self._fits(self._tape(presets[name], dtype), 1, budget)), None
+        )
+        remedy = (
+            f"set model.preset to {fits} without sizes of your own"
+            if fits
+            else "no preset fits either: lower model.block_size, n_layer or tokenizer.vocab_size"
+        )
+        tape, settings = self._tape(model, dtype), _allocator_settings()
+        needed = tape.peak(1, accumulates=True).bytes
+        if self.gpu is not None:
+            free = tape.play(1, True, settings)
+            needed = smallest_limit(tape, 1, True, settings, free.peak_allocated, free.peak_reserved)
+        return (
+            f"model: one sequence of {model.block_size} tokens needs {needed / GIB:.2f} GiB "
+            f"({model.n_params:,} parameters, {dtype}), and {budget / GIB:.2f} GiB may be filled: {remedy}, "
+            "or close what else uses the memory"
+        )
+
+
+def step_memory(model: ModelConfig, micro_batch: int, dtype: str, device: str = "cuda") -> dict[str, int]:
+    """What is in memory at the peak of a training step, by kind [bytes]; their sum is the peak.
+
+    weights, gradients, optimizer, activations, logits, temporaries. dtype: "bf16" or "fp16" by autocast, or "fp32".
+    device: "cuda" or "cpu"; nothing is needed of either, since the step runs on tensors without data. With AdamW,
+    gradients of an earlier micro-batch present, and no strategy that saves memory.
+    """
+    for key, value, known in (("dtype", dtype, DTYPES), ("device", device, ("cuda", "cpu"))):
+        if value not in known:
+            raise UserError(f"{key}: {value!r} is none of {', '.join(known)}.{did_you_mean(value, known)}")
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise UserError(f"micro_batch: {micro_batch!r} should be a whole number, 1 or more")
+    return _tape_of(model, dtype, device).peak(micro_batch, accumulates=True).parts
+
+
+class _Autocast(Strategy):
+    """What the strategies bf16 and fp16 ask of accelerate, without a plugin."""
+
+    name, phase = "autocast", Phase.PRECISION
+
+    @hookimpl
+    def accelerator_kwargs(self, plan: Plan) -> dict[str, str]:
+        return {"mixed_precision": "no" if plan["dtype"] == "fp32" else plan["dtype"]}
+
+
+@lru_cache(maxsize=8)
+def _tape_of(model: ModelConfig, dtype: str, device: str, capability: tuple[int, int] = (8, 0)) -> Tape:
+    """The tape of a training step with AdamW and nothing switched on but mixed precision."""
+    from core.memory.simulate import tape_of
+
+    plan = Plan(
+        profile=HardwareProfile("any", device=device, compute_capability=capability),
+        profile_reason="",
+        model=model,
+        sequences=1,
+        num_processes=1,
+        memory_budget=0,
+        active=[_Autocast()],
+    )
+    plan.set("dtype", dtype, reason="as asked", by="core")
+    return tape_of(plan, Params.model_validate({"train": {"max_steps": 1}}))
+
+
+def _allocator_settings() -> AllocatorSettings:
+    """What torch's allocator has read from this process's environment."""
+    return AllocatorSettings.parse(
+        os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    )
 
 
 def _current_params() -> Params:
     from core.project import Project
 
     return Project.find().params
-
-
-def _too_large(model: ModelConfig, dtype: str, budget: float) -> str:
-    """Say that one sequence does not fit into `budget` [bytes], and name the largest preset of which one does."""
-    from core.params import ModelParams
-
-    own = ModelParams(
-        architecture=model.architecture,  # type: ignore[arg-type]
-        tie_embeddings=model.tie_embeddings,
-        dropout=model.dropout,
-    )
-
-    def step_bytes(preset: str) -> int:
-        config = ModelConfig.resolve(own.model_copy(update={"preset": preset}), model.vocab_size)
-        return config.step_bytes(1, dtype)
-
-    fits = [preset for preset in PRESETS if step_bytes(preset) <= budget]
-    remedy = (
-        f"set model.preset to {fits[-1]} without sizes of your own"
-        if fits
-        else "no preset fits either: lower model.block_size, n_layer or tokenizer.vocab_size"
-    )
-    return (
-        f"model: one sequence of {model.block_size} tokens needs {model.step_bytes(1, dtype) / GIB:.2f} GiB "
-        f"({model.n_params:,} parameters, {dtype}), and {budget / GIB:.2f} GiB may be filled: {remedy}, "
-        "or close what else uses the memory"
-    )
 
 
 # ---- under the guides' names, for the Compute in force

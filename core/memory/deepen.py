@@ -49,7 +49,20 @@ class Deepening:
             tuple[int, int], int
         ] = {}  # (allocation, layer of the copy or -1) → allocation of made
 
+    def _update_holds_everything(self) -> bool:
+        """Whether the update has temporaries of many tensors at once, as torch's foreach optimizers do."""
+        alive = most = 0
+        events = next(events for segment, events, _ in self.stretches if segment.part == "update")
+        for event in events:
+            allocation = event if event >= 0 else ~event
+            if self.place[allocation][0] == "update" and self.tape.constant[allocation] >= 512:
+                alive += 1 if event >= 0 else -1
+                most = max(most, alive)
+        return most > 2 * SHALLOW
+
     def result(self, n_params: int) -> Tape | None:
+        if self._update_holds_everything():
+            return None
         parts = groupby(self.stretches, key=lambda stretch: (stretch[0].part, stretch[0].layer is not None))
         for (_, in_layers), group in parts:
             stretches = list(group)

@@ -42,7 +42,7 @@ def climb(
     best = -1
     for rung in (None, *rungs):
         if rung is not None:
-            if best >= 0 and (rung.affects == "recipe" or tried[best][1].forecast.gain < WORTH):
+            if best >= 0 and (rung.affects == "recipe" or not _could_gain(*tried[best][:2])):
                 break
             if not set(rung.requires) <= {s.name for s in tried[0][0].active} | {s.name for s in up}:
                 continue
@@ -71,6 +71,11 @@ def climb(
     return plan, answer, record
 
 
+def _could_gain(plan: Plan, answer: Fit) -> bool:
+    """Whether a larger micro-batch would be worth another rung."""
+    return len(plan.micro_batches) > 1 and answer.forecast.gain >= WORTH
+
+
 def _seconds(answer: Fit) -> float:
     assert answer.forecast.seconds is not None
     return answer.forecast.seconds[0]
@@ -89,6 +94,7 @@ def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str
             and s.name not in removed
             and s.slot not in taken
             and not active & set(s.conflicts)
+            and not any(s.name in other.conflicts for other in plan.active)
             and s.available(facts, plan.profile) is None
         ),
         key=lambda s: (s.rung, s.name),

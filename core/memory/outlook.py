@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from core.errors import TightfitError
 from core.hardware import OPTIONAL_MODULES
 from core.hookspecs import GIB, Facts, Plan
 from core.memory.forecast import MARGIN, Forecaster
+from core.memory.tape import KINDS
 from core.model_config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def memory_lines(plan: Plan) -> list[str]:
     """The forecast of a plan in a few lines."""
     f = plan.fit.forecast
     verdict = "" if plan.fits else "DOES NOT FIT: "
-    parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in f.parts.items() if n)
+    parts = ", ".join(f"{kind} {f.parts[kind] / GIB:.2f}" for kind in KINDS)
     lines = [
         f"memory       {verdict}{f.needed / GIB:.2f} of {usable(plan) / GIB:.2f} GiB at micro-batch {f.micro_batch}",
         f"  budget     {plan.memory_budget / GIB:.2f} GiB, of which {MARGIN:.0%} stay free: {plan.memory_reason}",
@@ -77,8 +79,10 @@ def memory_lines(plan: Plan) -> list[str]:
     ]
     for rung in climbed(plan)[1:]:
         fits = f"micro-batch {rung.micro_batch}" if rung.micro_batch else "does not fit"
-        lines.append(f"  ladder     {rung.strategy}: saves {rung.saved / GIB:.2f} GiB, {fits} ({rung.verdict})")
-    if tokens_per_second(plan):
+        lines.append(
+            f"  ladder     {rung.strategy}: saves {rung.saved / GIB:.2f} GiB, {fits} ({rung.verdict})"
+        )
+    if plan.fits and tokens_per_second(plan):
         lines.append(f"speed        {speed(plan)}")
     return lines
 
@@ -100,7 +104,7 @@ def speed(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """How long a whole run takes and how many tokens it sees: ranges, at best and at worst."""
+    """A whole run, as ranges from the least to the most."""
 
     tokens: tuple[int, int]
     seconds: tuple[float, float] | None
@@ -112,10 +116,85 @@ def whole_run(plan: Plan, params: Params) -> Run | None:
     rates, train = tokens_per_second(plan), params.train
     if train.max_minutes:
         seconds = train.max_minutes * 60
-        return Run((int(rates[1] * seconds), int(rates[0] * seconds)), (seconds, seconds)) if rates else None
+        return Run((int(rates[0] * seconds), int(rates[1] * seconds)), (seconds, seconds)) if rates else None
     steps = train.max_steps or max(1, round((train.max_tokens or 0) / train.batch_tokens))
     tokens = steps * train.batch_tokens
     return Run((tokens, tokens), (tokens / rates[1], tokens / rates[0]) if rates else None)
+
+
+# ---- tables
+
+
+def memory_table(plan: Plan) -> list[str]:
+    """The peak by kind, and as the allocator has it [GiB]."""
+    f = plan.fit.forecast
+    cells = [(kind, f"{f.parts[kind] / GIB:.2f}", "") for kind in KINDS]
+    cells += [
+        ("in use", f"{sum(f.parts.values()) / GIB:.2f}", f"at the peak: {f.op}, in {f.phase}"),
+        ("allocated", f"{f.allocated / GIB:.2f}", "torch.cuda.max_memory_allocated()"),
+        ("reserved", f"{f.reserved / GIB:.2f}", "torch.cuda.max_memory_reserved(), where nothing limits it"),
+        ("needed", f"{f.needed / GIB:.2f}", "the smallest budget in which the step runs"),
+    ]
+    if plan.profile.device == "cpu":
+        del cells[-3:]
+    return columns([("memory", "GiB", ""), *cells], numbers=(1,))
+
+
+def ladder_table(plan: Plan) -> list[str]:
+    """What was tried to make it fit, cheapest in speed first."""
+    smallest = f"GiB at {plan.fit.smallest.micro_batch}"
+    cells = [("ladder", smallest, "saved", "largest micro-batch", "tokens/s at best", "")]
+    for rung in climbed(plan):
+        rate = f"{plan['batch_tokens'] / rung.seconds:,.0f}" if rung.seconds else "-"
+        saved = f"{rung.saved / GIB:.2f}" if rung.strategy else "-"
+        name = rung.strategy or "nothing added"
+        cells.append(
+            (name, f"{rung.needed / GIB:.2f}", saved, str(rung.micro_batch or "none"), rate, rung.verdict)
+        )
+    tried = {rung.strategy for rung in plan.ladder}
+    left = [s.name for s in plan.rungs_left if s.name not in tried]
+    return [*columns(cells, numbers=(1, 2, 3, 4)), *([f"not needed: {', '.join(left)}"] if left else [])]
+
+
+def run_lines(plan: Plan, params: Params) -> list[str]:
+    """Speed, and the length of the whole run."""
+    rates, run = tokens_per_second(plan), whole_run(plan, params)
+    if rates is None or run is None or run.seconds is None:
+        return [f"speed        unknown: {plan.profile.name} has no bandwidth or no rate for {plan['dtype']}"]
+    cpu = plan.profile.device == "cpu"
+    source = "measured here (reports/rates.json; delete it to measure again)" if cpu else "of the profile"
+    tokens = " to ".join(f"{n:,}" for n in dict.fromkeys(run.tokens))
+    return [
+        f"speed        {between(rates)} tokens/s, from bandwidth and FLOP/s {source}",
+        f"run          {tokens} tokens in {' to '.join(dict.fromkeys(map(duration, run.seconds)))}",
+    ]
+
+
+def between(rates: tuple[float, float]) -> str:
+    """(1234.5, 5678.9) → "1,234 to 5,679"."""
+    return f"{rates[0]:,.0f} to {rates[1]:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """90 → "90 s"; 400 → "6.7 min"; 9000 → "2.5 h"; 300,000 → "3.5 days"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    size, unit = (60, "min") if seconds < 7200 else (3600, "h") if seconds < 72 * 3600 else (86400, "days")
+    n = seconds / size
+    return f"{n:.0f} {unit}" if n >= 10 else f"{n:.1f} {unit}"
+
+
+def columns(cells: Iterable[tuple[str, ...]], numbers: Sequence[int] = ()) -> list[str]:
+    """Rows as lines whose columns are aligned, those in `numbers` to the right."""
+    cells = list(cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
 
 
 # ---- what does not fit

@@ -66,10 +66,11 @@ def run_step(
         vocab_size=config.vocab_size,
     )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with fresh_accelerate(), movable_modules(fake), fake_mode, cuda_semantics(cuda), trace:
+    with own_garbage(), fresh_accelerate(), movable_modules(fake), fake_mode, cuda_semantics(cuda), trace:
         trace.tape.begin("build")
         accelerator = make_accelerator(here, hook, simulated=True)
         build = build_training(here, hook, accelerator, config, params, lambda line: None, simulated=True)
+        make_state(build)
         state = (t for s in build.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
         trace.relabel(state, "optimizer")
         trace.tape.n_params = sum(p.numel() for p in build.network.parameters())
@@ -87,6 +88,19 @@ def run_step(
         trace.tape.begin("end")
         trace.phase = "weights"
     return trace.tape, owner
+
+
+def make_state(build: Any) -> None:
+    """Let an optimizer that makes its state in its first step make it now: later steps find it there."""
+    import torch
+
+    parameters = [p for group in build.optimizer.param_groups for p in group["params"]]
+    if all(build.optimizer.state.get(p) for p in parameters):
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    build.optimizer.step()
+    build.optimizer.zero_grad()
 
 
 def owners(build: Any, trace: Any) -> dict[int, int]:
@@ -223,8 +237,10 @@ def cuda_semantics(cuda: bool) -> Iterator[None]:
 
     attention = F.scaled_dot_product_attention
 
-    def without_dropout(*args: Any, **kwargs: Any) -> Any:
-        return attention(*args, **{**kwargs, "dropout_p": 0.0})
+    def without_dropout(
+        q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, *args: Any, **more: Any
+    ) -> Any:
+        return attention(q, k, v, more.pop("attn_mask", mask), 0.0, *args, **more)
 
     def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x
@@ -238,6 +254,16 @@ def cuda_semantics(cuda: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(F, "dropout", dropout))
             stack.enter_context(mock.patch.object(F, "rms_norm", rms_norm))
         yield
+
+
+@contextlib.contextmanager
+def own_garbage() -> Iterator[None]:
+    """What was there before is out of the garbage collector's sight, which makes a look at the rest fast."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

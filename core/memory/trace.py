@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -66,7 +67,7 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in QUERIES:
-            return func(*args, **(kwargs or {}))
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
         if self.cuda and name in MATRIX_PRODUCTS:
             self._workspace()
@@ -94,6 +95,8 @@ class Trace(TorchDispatchMode):
         if key in self.alive:
             return
         nbytes = storage.nbytes()
+        if op == "native_layer_norm" and tensor.shape[-1:] == (1,):
+            nbytes = 4 * tensor.numel()  # statistics are fp32, whatever a fake CPU says of bf16 input
         if nbytes == 0:
             return
         kind = self.phase if self.phase in CODE else "temporaries"
@@ -180,7 +183,7 @@ def kernel_temporaries(name: str, args: Any, sequences: int) -> list[tuple[int, 
     if name == "embedding_dense_backward":  # sorted ids and positions, and partial sums per 10 tokens
         tokens, width = args[1].numel(), args[0].shape[-1]
         constant, per_sequence = each(tokens * (32 + width * 4 / 10))
-        return [(constant + 4096 * width * 4, per_sequence)] if tokens > 3072 else []
+        return [(constant + 4096 * width * 4, per_sequence)] if sequences or tokens > 3072 else []
     if name == "logsumexp":
         return [each(args[0].numel() * args[0].element_size())]
     return []
