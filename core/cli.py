@@ -111,6 +111,7 @@ class LazyGroup(click.Group):
         "tokenize": ("stages.tokenize", "Train the tokenizer and write token shards."),
         "train": ("stages.train", "Train the model that the plan describes."),
         "evaluate": ("stages.evaluate", "Measure the model and write the report."),
+        "plan": ("core.commands.plan", "Does it fit, how, and how fast? For any card."),
         "generate": ("core.commands.generate", "Continue a prompt with a trained model."),
         "bench": ("core.commands.bench", "Measure this machine: tightfit bench devices."),
         "params": ("core.commands.params", "Explain every key of params.yaml."),

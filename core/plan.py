@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 import pluggy
@@ -112,12 +111,14 @@ def _take_micro_batch(plan: Plan) -> None:
         plan.set("micro_batch", n, reason=reason, by="core")
         reason = f"{n * steps} sequences per step / {n}: the batch in tokens does not change"
         plan.set("gradient_accumulation_steps", steps, reason=reason, by="core")
-    for before, rung in pairwise(plan.ladder):
+    before = plan.ladder[0]
+    for rung in plan.ladder[1:]:
         if not rung.taken:
             continue
         saved = f"{rung.strategy} was switched on: it saves {(before.needed - rung.needed) / GIB:.2f} GiB"
         changes = next(s for s in plan.active if s.name == rung.strategy).affects == "recipe"
         plan.notes.append(f"{saved}; it changes the numbers of the run" if changes else saved)
+        before = rung
 
 
 def _profile(hardware: HardwareParams, facts: Facts, registry: Registry) -> tuple[HardwareProfile, str]:

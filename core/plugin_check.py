@@ -22,7 +22,6 @@ from typing import Any
 from core.errors import PluginError, TightfitError, UserError, did_you_mean
 from core.hardware import OPTIONAL_MODULES, choose_profile, read_facts
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Plan, Strategy
-from core.memory.simulate import fresh_accelerate
 from core.params import HardwareParams, Params, StrategyChoice
 from core.plan import resolve, runtime
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
@@ -353,6 +352,8 @@ def _cpu_plan(registry: Registry, facts: Facts, cpu: HardwareProfile, names: lis
 def _losses(result: Check, step: Step, plan: Plan, folder: Path) -> list[float]:
     """The loss of each step; errors go to `step`. The way is the trainer's own, on made-up tokens."""
     (folder / "params.yaml").write_text(json.dumps(TINY), encoding="utf-8")
+    from core.memory.simulate import fresh_accelerate
+
     losses: list[float] = []
     before = dict(os.environ)
     os.environ.update({variable: choice.value for variable, choice in plan.env.items()})

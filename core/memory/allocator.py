@@ -10,6 +10,8 @@ import bisect
 from dataclasses import dataclass
 from typing import Any
 
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries")
+"""What memory is for. Weights include buffers; activations are what forward keeps for backward."""
 MIB = 1 << 20
 MIN_BLOCK = 512  # every request is rounded up to a multiple of it
 SMALL_REQUEST = MIB  # up to here a request comes from the small pool

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import UserError
 from core.files import write_json
 from core.hookspecs import Facts, HardwareProfile, Plan
-from core.memory.allocator import MIB, AllocatorSettings, OutOfMemory
+from core.memory.allocator import KINDS, MIB, AllocatorSettings, OutOfMemory
 from core.params import Params
 from core.plugins import Registry
 
@@ -184,7 +184,9 @@ class Forecaster:
     def _rates(self, plan: Plan) -> tuple[float, float] | None:
         profile = plan.profile
         flops, moved = profile.tflops.get(plan["dtype"], 0.0) * 1e12, profile.bandwidth_gbs * 1e9
-        return (flops, moved) if flops and moved else self.rates
+        if flops and moved:
+            return flops, moved
+        return self.rates if profile.device == "cpu" else None
 
     def _step_identity(self, plan: Plan, params: Params, registry: Registry) -> dict[str, Any]:
         profile = plan.profile
@@ -244,7 +246,10 @@ def smallest_limit(
 
 
 def _forecast(values: dict[str, Any]) -> Forecast:
-    return Forecast(**{**values, "seconds": tuple(values["seconds"]) if values["seconds"] else None})
+    seconds = tuple(values["seconds"]) if values["seconds"] else None
+    return Forecast(
+        **{**values, "seconds": seconds, "parts": {kind: values["parts"][kind] for kind in KINDS}}
+    )
 
 
 def _torch_version() -> str:

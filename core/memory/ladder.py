@@ -13,8 +13,8 @@ from core.hookspecs import Facts, Plan, Strategy
 from core.memory.forecast import Fit
 from core.plugins import Registry
 
-WORTH = 0.05
-"""A larger micro-batch must promise this much less time before another rung is tried for it."""
+WORTH = 0.15
+"""A larger micro-batch must promise this much less time before another rung is tried for it: rungs cost time, too."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def climb(
     active = {s.name for s in plan.active}
     record = []
     for i, (_, a, name) in enumerate(tried):
-        note = "" if i <= chosen else "not faster" if a.fits else "does not fit"
+        note = "" if not name or name in active else "not faster" if a.fits else "does not fit"
+        if i < chosen and not a.fits and name and name not in active:
+            note = "another takes its place"
         record.append(
             Rung(
                 strategy=name,
@@ -85,7 +87,7 @@ def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str
     """The rungs that this plan could climb, cheapest first: they work here, nobody removed them, their role is free."""
     taken = {s.slot for s in plan.active if s.slot}
     active = {s.name for s in plan.active}
-    return sorted(
+    found = sorted(
         (
             s
             for s in registry.strategies.values()
@@ -99,3 +101,5 @@ def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str
         ),
         key=lambda s: (s.rung, s.name),
     )
+    names = active | {s.name for s in found}
+    return [s for s in found if set(s.requires) <= names]

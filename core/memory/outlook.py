@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from core.errors import TightfitError
 from core.hardware import OPTIONAL_MODULES
 from core.hookspecs import GIB, Facts, Plan
+from core.memory.allocator import KINDS
 from core.memory.forecast import MARGIN, Forecaster
-from core.memory.tape import KINDS
 from core.model_config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:
@@ -284,10 +284,15 @@ class _Attempt:
         why = {s.name: s.available(self.facts, self.plan.profile) for s in missing}
         return ", ".join(f"the strategy {name} ({reason})" for name, reason in why.items() if reason)
 
+    def _floor(self) -> int:
+        """What no context and no micro-batch make smaller: an update needs all of it at once [bytes]."""
+        parts = self.plan.fit.smallest.parts
+        return parts["weights"] + parts["gradients"] + parts["optimizer"]
+
     def shorter_context(self) -> str:
-        """Halves of the context; weights and optimizer do not shrink with it."""
+        """The longest half, quarter, … of the context that fits."""
         context = self.plan.model.block_size // 2
-        while context >= MIN_CONTEXT and self.plan.fit.smallest.resident < usable(self.plan):
+        while context >= MIN_CONTEXT and self._floor() < usable(self.plan):
             sequences, odd = divmod(self.params.train.batch_tokens, context)
             whole = not odd and not sequences % self.plan.num_processes
             if whole and self.planned(model={"block_size": context}):
@@ -298,7 +303,7 @@ class _Attempt:
     def smaller_preset(self) -> str:
         """The largest preset that fits, with nothing of the user's own sizes."""
         model = self.params.model
-        per_parameter = self.plan.fit.smallest.resident / self.plan.model.n_params
+        per_parameter = self._floor() / self.plan.model.n_params
         for preset in reversed(PRESETS):
             sizes = {"preset": preset, **dict.fromkeys(SIZES)}
             n_params = ModelConfig.resolve(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.hookspecs import GIB
-from core.memory.tape import KINDS
+from core.memory.allocator import KINDS
 
 COLOURS = {
     "weights": "#2f4b6e",

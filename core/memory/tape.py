@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.memory.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemory
+from core.memory.allocator import KINDS, AllocatorSettings, Block, CachingAllocator, OutOfMemory
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries")
-"""What memory is for. Weights include buffers; activations are what forward keeps for backward."""
+LAUNCH_SECONDS = 4e-6
+"""Least time of an operation, however small: starting a kernel takes some microseconds (assumed, not measured)."""
 
 
 class Segment(NamedTuple):
@@ -148,7 +148,7 @@ class Tape:
         """
         ops = np.array(self.roofline).reshape(-1, 3)
         flops, moved = ops[:, 0] * micro_batch, ops[:, 1] * micro_batch + ops[:, 2]
-        time = np.maximum(flops / flops_per_second, moved / bytes_per_second)
+        time = np.maximum(np.maximum(flops / flops_per_second, moved / bytes_per_second), LAUNCH_SECONDS)
         second, update = self.start("forward 2").operation, self.start("update").operation
         return float(time[second:update].sum() * accumulation_steps + time[update:].sum())
 

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from core.memory.tape import KINDS, Tape
+from core.memory.allocator import KINDS
+from core.memory.tape import Tape
 
 CODE = {name: i for i, name in enumerate(KINDS)}
 VIEWS = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from core.errors import UserError
 from core.hardware import try_all_gpus, try_gpu
 from core.hookspecs import GIB
 from core.memory import Compute, compute
+from core.memory.allocator import AllocatorSettings
+from core.memory.tape import KINDS, Tape
 from core.model_config import PRESETS, ModelConfig
 from core.params import ModelParams
 
@@ -288,29 +292,116 @@ def test_reset_peak(card: Card) -> None:
     assert card.calls == ["reset_peak"]
 
 
+# ---- step_memory
+
+
+def test_what_a_steps_memory_is_for() -> None:
+    small, large = (memory.step_memory(MODEL, n, "bf16") for n in (1, 8))
+    assert tuple(small) == KINDS
+    n_params = MODEL.n_params
+    for name, nbytes in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
+        for parts in (small, large):
+            assert nbytes * n_params <= parts[name] < 1.01 * nbytes * n_params, name
+    assert large["activations"] > 2 * small["activations"]
+    assert large["logits"] >= 8 * MODEL.block_size * MODEL.vocab_size * 4
+    assert memory.step_memory(MODEL, 8, "fp16") == large
+    assert sum(memory.step_memory(MODEL, 8, "fp32").values()) > sum(large.values())
+    on_cpu = memory.step_memory(MODEL, 8, "bf16", device="cpu")  # no fused rms_norm there
+    assert on_cpu["activations"] > large["activations"] and on_cpu["weights"] == large["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, "float16"), "dtype: 'float16' is none of bf16, fp16, fp32"),
+        ((1, "bf61"), "Did you mean 'bf16'"),
+        ((1, "bf16", "gpu"), "device: 'gpu' is none of cuda, cpu"),
+        ((0, "bf16"), "micro_batch: 0 should be a whole number, 1 or more"),
+        ((1.5, "bf16"), "micro_batch: 1.5 should be"),
+    ],
+)
+def test_step_memory_of_what_there_is_not(arguments: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        memory.step_memory(MODEL, *arguments)
+
+
+def test_importing_it_imports_no_torch_and_no_numpy() -> None:
+    code = (
+        "import sys, core.memory, core.memory.compute\n"
+        "from core.memory import suggest_batch_size, step_memory\n"
+        "print(sorted({'torch', 'numpy', 'accelerate'} & set(sys.modules)), dir(core.memory)[:0])"
+    )
+    run = [sys.executable, "-c", code]
+    out = subprocess.run(run, cwd=PAGE.parents[1], capture_output=True, text=True, encoding="utf-8")
+    assert out.stdout == "[] []\n", out
+    with pytest.raises(AttributeError, match="no attribute 'sugest_batch_size'"):
+        memory.sugest_batch_size  # noqa: B018
+
+
 # ---- suggest_batch_size
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("Tesla T4", "fp16"), ("NVIDIA GeForce GTX 1650", "fp32")])
-def test_suggestion_is_what_step_bytes_says(card: Card, name: str, dtype: str) -> None:
-    card.name, card.capability = name, (7, 5)
+@pytest.fixture
+def plain_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def tape_for(model: ModelConfig, dtype: str, card: Card) -> Tape:
+    return compute._tape_of(model, dtype, "cuda", card.capability)
+
+
+def assert_largest(n: int, tape: Tape, nbytes: float, settings: AllocatorSettings | None = None) -> None:
+    """n sequences fit into `nbytes` of a card, and 2 n do not."""
+    assert n & (n - 1) == 0
+    fits = [tape.fits(m, True, settings or AllocatorSettings(), int(nbytes)) for m in (n, 2 * n)]
+    assert fits == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype"),
+    [
+        ("NVIDIA GeForce RTX 4060", (8, 9), "bf16"),
+        ("Tesla T4", (7, 5), "fp16"),
+        ("NVIDIA GeForce GTX 1650", (7, 5), "fp32"),
+    ],
+)
+def test_suggestion_fits_and_twice_as_much_does_not(
+    card: Card, plain_allocator: None, name: str, capability: tuple[int, int], dtype: str
+) -> None:
+    card.name, card.capability = name, capability
+    sizes = []
     for free in (4, 6, 12, 24, 80):
         card.free = free * GIB
-        n = memory.suggest_batch_size(model=MODEL)
-        assert n & (n - 1) == 0
-        assert MODEL.step_bytes(n, dtype) <= card.free < MODEL.step_bytes(2 * n, dtype)
+        sizes.append(memory.suggest_batch_size(model=MODEL))
+        assert_largest(sizes[-1], tape_for(MODEL, dtype, card), card.free)
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
-def test_suggestion_follows_memory_model_and_multiplier(card: Card) -> None:
-    card.free = card.total = MODEL.step_bytes(16, "bf16")
+def test_suggestion_follows_memory_model_and_multiplier(card: Card, plain_allocator: None) -> None:
+    tape = tape_for(MODEL, "bf16", card)
+    card.free = card.total = tape.play(16, True).peak_reserved
     assert memory.suggest_batch_size(model=MODEL) == 16
-    assert memory.suggest_batch_size(0.99, model=MODEL) == 8
-    assert memory.suggest_batch_size(model=replace(MODEL, n_layer=13)) == 8
-    card.free -= 1
+    assert memory.suggest_batch_size(0.9, model=MODEL) == 8
+    assert memory.suggest_batch_size(model=replace(MODEL, n_layer=14)) == 8
+    card.free = tape.peak(16, True).bytes - 1
     assert memory.suggest_batch_size(model=MODEL) == 8
-    assert memory.suggest_batch_size(model=replace(MODEL, n_layer=11)) == 16
+    assert memory.suggest_batch_size(model=replace(MODEL, n_layer=10)) == 16
     card.free *= 3
     assert memory.suggest_batch_size(model=MODEL) == 32
+
+
+def test_suggestion_knows_this_process_s_allocator(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    tape, seen = tape_for(MODEL, "bf16", card), []
+    fits = Tape.fits
+    monkeypatch.setattr(Tape, "fits", lambda *args: (seen.append(args[3]), fits(*args))[1])
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+        monkeypatch.setenv(variable, "expandable_segments:True")
+        n = memory.suggest_batch_size(model=MODEL)
+        assert set(seen) == {AllocatorSettings(expandable_segments=True)}
+        assert_largest(n, tape, card.free, seen[0])
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 def test_on_the_cpu_half_the_available_ram(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,11 +409,13 @@ def test_on_the_cpu_half_the_available_ram(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
     c = memory.initialize_compute("cpu")
     n = memory.suggest_batch_size(model=MODEL)
-    dtype = c.amp_dtype()
-    assert MODEL.step_bytes(n, dtype) <= 8 * GIB < MODEL.step_bytes(2 * n, dtype)
+    tape = compute._tape_of(MODEL, c.amp_dtype(), "cpu")
+    assert tape.peak(n, True).bytes <= 8 * GIB < tape.peak(2 * n, True).bytes
 
 
-def test_model_is_the_projects(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_the_projects(
+    card: Card, plain_allocator: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
     remove: dict[str, Any] = {"strategies": {"add": [], "remove": ["bf16"]}}
     project = make_project(tmp_path, model=sizes)
@@ -330,8 +423,7 @@ def test_model_is_the_projects(card: Card, tmp_path: Path, monkeypatch: pytest.M
     model = ModelConfig.resolve(project.params.model, project.params.tokenizer.n_vocab)
     assert memory.suggest_batch_size() == memory.suggest_batch_size(model=model)
     make_project(tmp_path, model=sizes, hardware=remove)
-    n = memory.suggest_batch_size()
-    assert model.step_bytes(n, "fp32") <= card.free < model.step_bytes(2 * n, "fp32")
+    assert_largest(memory.suggest_batch_size(), tape_for(model, "fp32", card), card.free)
 
 
 def test_no_project(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +437,9 @@ def test_too_large_a_model_names_a_preset_that_fits(card: Card, architecture: An
     large = ModelConfig.resolve(ModelParams(architecture=architecture, preset="1.5b"), 50257)
     with pytest.raises(UserError, match="model: one sequence of 1024 tokens needs") as e:
         memory.suggest_batch_size(model=large)
+    (needs,) = re.findall(r"needs ([\d.]+) GiB .* and 6\.00 GiB may be filled", str(e.value))
+    needed = tape_for(large, "bf16", card).peak(1, True).bytes / GIB
+    assert needed <= float(needs) + 0.01 < 1.1 * needed
     (named,) = re.findall(r"set model.preset to (\S+)", str(e.value))
     fits = ModelConfig.resolve(ModelParams(architecture=architecture, preset=named), 50257)
     assert memory.suggest_batch_size(model=fits) >= 1

@@ -235,7 +235,27 @@ def test_json_of_a_good_plugin_stays_json_when_the_plugin_prints(
     result = check("mine", "--json")
     document = json.loads(result.stdout)
     assert result.exit_code == 0 and document["ok"] and document["target"] == "mine"
-    assert document["steps"][-1]["name"] == f"{STEPS} training steps on the CPU"
+    names = [step["name"] for step in document["steps"]]
+    assert names[-2:] == [f"{STEPS} training steps on the CPU", "its memory can be planned"]
+
+
+READS = """@hookimpl
+def prepare_model(self, build):
+    if CONDITION:
+        build.largest = max(p.abs().max().item() for p in build.model.parameters())
+"""
+
+
+@pytest.mark.parametrize(("condition", "works"), [("True", False), ("not build.simulated", True)])
+def test_step_that_reads_tensors_cannot_be_planned(
+    mine: Callable[..., Result], condition: str, works: bool
+) -> None:
+    output = mine(READS.replace("CONDITION", condition)).output
+    assert f"ok   {STEPS} training steps on the CPU" in output
+    assert f"{'ok  ' if works else 'FAIL'} its memory can be planned" in output
+    if not works:
+        assert f"{FILE}:8: " in output and "tensors without data" in output
+        assert "where build.simulated is true" in output
 
 
 def test_json_of_a_bad_plugin(project: Project, write_plugin: WritePlugin) -> None:

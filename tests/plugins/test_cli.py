@@ -253,7 +253,7 @@ def test_made_up_card_is_one_of_the_profile(project: Project, name: str) -> None
 def test_check_of_an_unknown_name(project: Project) -> None:
     result = tightfit("check", "rtx-4060")
     assert result.exit_code == 2 and "no profile or strategy 'rtx-4060'" in result.output
-    assert "accumulation, allocator" in result.output
+    assert "accumulation, adamw8bit, allocator" in result.output
 
 
 def test_check_of_a_broken_plugin(project: Project, write_plugin: WritePlugin) -> None:

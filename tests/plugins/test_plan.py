@@ -20,6 +20,7 @@ import core
 from core.env_check import plan_lines
 from core.errors import PluginError, TightfitError, UserError
 from core.hookspecs import GIB, Facts, Gpu, HardwareProfile, Phase, Plan
+from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_dict, plan_json, recipe_strategies, resolve, runtime
 from core.plugins import Registry
 from core.project import Project
@@ -34,6 +35,12 @@ WritePlugin = Callable[[str, str], str]
 @pytest.fixture(scope="module")
 def registry() -> Registry:
     return Registry.load(Project(REPO), entry_points=False)
+
+
+@pytest.fixture(scope="module")
+def forecaster() -> Forecaster:
+    """One for all tests: what it has simulated once it knows."""
+    return Forecaster()
 
 
 def machine_of(profile: HardwareProfile, **facts: Any) -> Facts:
@@ -52,13 +59,17 @@ def plan_for(
     profile: str = "rtx4060",
     hardware: dict[str, Any] | None = None,
     facts: Facts | dict[str, Any] | None = None,
+    forecaster: Forecaster | None = None,
     **sections: Any,
 ) -> Plan:
-    """The plan for a profile on a machine made up for it; `facts` change that machine, or are another one."""
+    """The plan for a profile on a machine made up for it; `facts` change that machine, or are another one.
+
+    Without a forecaster nobody looks at memory.
+    """
     params = make_project(project.root, hardware={"profile": profile, **(hardware or {})}, **sections).params
     if not isinstance(facts, Facts):
         facts = machine_of(registry.profiles.get(profile, registry.profiles["cpu"]), **(facts or {}))
-    return resolve(params, facts, registry)
+    return resolve(params, facts, registry, forecaster)
 
 
 def refusal(*args: Any, error: type[TightfitError] = PluginError, **kwargs: Any) -> str:
@@ -86,16 +97,19 @@ def add(*strategies: str, remove: tuple[str, ...] = (), **options: dict[str, Any
 @pytest.mark.parametrize("system", ["linux", "windows", "wsl"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_profile_has_a_plan(
-    project: Project, registry: Registry, name: str, system: str
+    project: Project, registry: Registry, forecaster: Forecaster, name: str, system: str
 ) -> None:
-    plan = plan_for(project, registry, name, facts={"os": system})
+    plan = plan_for(project, registry, name, facts={"os": system}, forecaster=forecaster)
     profile = registry.profiles[name]
     assert plan.profile is profile and plan.profile_reason == "hardware.profile names it"
-    assert set(names(plan)) | plan.skipped.keys() == {s.rstrip("?") for s in profile.strategies}
+    rungs = {rung.strategy for rung in plan.ladder[1:] if rung.taken}
+    assert set(names(plan)) | plan.skipped.keys() == {s.rstrip("?") for s in profile.strategies} | rungs
+    assert not any(s.affects == "recipe" for s in plan.active if s.name in rungs)  # a small network
     assert [s.phase for s in plan.active] == sorted(s.phase for s in plan.active)
     assert plan["dtype"] == next((s for s in names(plan) if s in ("bf16", "fp16")), "fp32")
     assert plan["micro_batch"] * plan["gradient_accumulation_steps"] * plan.num_processes == plan.sequences
-    assert plan.step_bytes(plan["micro_batch"]) <= plan.memory_budget
+    assert plan.fits and plan.fit.forecast.micro_batch == plan["micro_batch"]
+    assert plan.fit.forecast.needed <= plan.memory_budget
     workers = 2 if (name, system) in {(gpu, "linux") for gpu in GPUS} else 0
     assert plan["num_workers"] == workers and plan["pin_memory"] == (name != "cpu")
     assert plan["persistent_workers"] == bool(workers)
@@ -109,13 +123,25 @@ def test_every_shipped_profile_has_a_plan(
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_memory_budget_is_the_profiles_share_whatever_the_card(
+def test_memory_budget_is_the_profiles_whatever_the_card(
     project: Project, registry: Registry, name: str
 ) -> None:
     profile = registry.profiles[name]
     large = Gpu("NVIDIA H200", 139 * GIB, (9, 0))
     plan = plan_for(project, registry, name, facts={"gpus": (large,)})
-    assert plan.memory_budget == int(profile.vram_gib * GIB * profile.vram_budget)
+    assert plan.memory_budget == pytest.approx((profile.vram_gib - 0.4 - 0.1) * GIB, abs=2)
+    assert (
+        plan.memory_reason
+        == f"{profile.vram_gib:.2f} GiB less 0.4 for CUDA's context and 0.1 for the desktop on linux"
+    )
+    small = replace(large, vram_bytes=int(0.97 * profile.vram_gib * GIB))  # what a driver shows
+    shown = plan_for(project, registry, name, facts={"gpus": (small,)}).memory_budget
+    assert shown == pytest.approx((0.97 * profile.vram_gib - 0.4 - 0.1) * GIB, abs=2)
+
+
+def test_memory_budget_of_the_users_own(project: Project, registry: Registry) -> None:
+    plan = plan_for(project, registry, hardware={"memory_gib": 2.5})
+    assert (plan.memory_budget, plan.memory_reason) == (int(2.5 * GIB), "hardware.memory_gib")
 
 
 def test_cpu_may_use_half_of_the_memory(project: Project, registry: Registry) -> None:
@@ -419,25 +445,46 @@ def test_batch_is_fixed_for_every_micro_batch(
     assert plan.values["micro_batch"].reason == "train.micro_batch"
 
 
-def test_automatic_micro_batch_is_the_largest_that_fits(project: Project, registry: Registry) -> None:
-    sizes = {"model": {"preset": "124m", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}}
-    plan = plan_for(
-        project,
-        registry,
-        "rtx2050",
-        train={"batch_tokens": 65536},
-        tokenizer={"kind": "gpt2", "vocab_size": None},
-        **sizes,
-    )
+def test_automatic_micro_batch_is_the_largest_that_fits(
+    project: Project, registry: Registry, forecaster: Forecaster
+) -> None:
+    sizes = {
+        "model": {"preset": "124m", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+        "train": {"batch_tokens": 65536},
+        "tokenizer": {"kind": "gpt2", "vocab_size": None},
+    }
+    plan = plan_for(project, registry, "rtx2050", forecaster=forecaster, **sizes)
     n = plan["micro_batch"]
     assert 64 % n == 0 and plan.sequences == 64 and n < 64
-    assert plan.step_bytes(n) <= plan.memory_budget < plan.step_bytes(2 * n)
-    assert "3.4 GiB" in plan.values["micro_batch"].reason
+    assert plan.micro_batches == (64, 32, 16, 8, 4, 2, 1)
+    assert plan.fits and plan.fit.forecast.needed <= plan.memory_budget
+    params = Project(project.root).params
+    assert not forecaster.fit(plan, params, registry, [2 * n]).fits
+    assert plan.values["micro_batch"].reason.startswith("the largest that fits: ")
+    assert "of 3.50 GiB" in plan.values["micro_batch"].reason
+    assert plan["gradient_accumulation_steps"] == 64 // n
+    assert plan_for(project, registry, "rtx2050", **sizes)["micro_batch"] == 64  # where nobody looks
 
 
-def test_automatic_micro_batch_where_nothing_fits_is_one(project: Project, registry: Registry) -> None:
-    plan = plan_for(project, registry, "cpu", facts={"ram_bytes": 0})
+def test_automatic_micro_batch_where_nothing_fits_is_one(
+    project: Project, registry: Registry, forecaster: Forecaster
+) -> None:
+    plan = plan_for(project, registry, "cpu", facts={"ram_bytes": 0}, forecaster=forecaster)
     assert plan["micro_batch"] == 1 and "smallest there is" in plan.values["micro_batch"].reason
+    assert not plan.fits and plan["gradient_accumulation_steps"] == plan.sequences
+
+
+def test_the_users_micro_batch_is_kept_whether_it_fits_or_not(
+    project: Project, registry: Registry, forecaster: Forecaster
+) -> None:
+    for ram, fits in ((16 * GIB, True), (0, False)):
+        facts = {"ram_bytes": ram}
+        plan = plan_for(
+            project, registry, "cpu", facts=facts, forecaster=forecaster, train={"micro_batch": 4}
+        )
+        assert plan.micro_batches == (4,) and plan.fits == fits
+        assert plan["micro_batch"] == plan.fit.forecast.micro_batch == 4
+        assert plan.values["micro_batch"].reason == "train.micro_batch"
 
 
 def test_micro_batch_that_does_not_divide(project: Project, registry: Registry) -> None:
@@ -653,6 +700,20 @@ def test_plan_json_is_deterministic(project: Project) -> None:
     first, second = (plan_json(plan_for(project, r), r) for r in (load(project), load(project)))
     assert first == second and first.endswith("}\n") and "\r" not in first
     assert str(project.root) not in first
+
+
+def test_plan_json_holds_the_forecast(project: Project, registry: Registry, forecaster: Forecaster) -> None:
+    unseen = plan_dict(plan_for(project, registry), registry)
+    assert (unseen["format"], unseen["memory"], unseen["ladder"]) == (2, {}, [])
+    plan = plan_for(project, registry, forecaster=forecaster)
+    document = plan_dict(plan, registry)
+    memory = document["memory"]
+    assert memory["fits"] is True and memory["budget"] == plan.memory_budget
+    assert memory["budget_reason"] == plan.memory_reason
+    assert memory["forecast"]["needed"] == plan.fit.forecast.needed
+    assert document["ladder"][0]["strategy"] == "" and document["ladder"][0]["taken"] is True
+    again = plan_for(project, load(project), forecaster=Forecaster())
+    assert plan_json(again, registry) == plan_json(plan, registry)
 
 
 def test_plan_json_ignores_what_changes_from_day_to_day(project: Project, registry: Registry) -> None:

@@ -392,7 +392,7 @@ def test_lookup_suggests(project: Project) -> None:
         registry.profile("rtx-4060")
     message = registry.unknown_strategy("bf61", "hardware.strategies.add")
     assert message.startswith("hardware.strategies.add: unknown strategy 'bf61'. Did you mean 'bf16'?")
-    assert "Known: accumulation, allocator, bf16" in message
+    assert "Known: accumulation, adamw8bit, allocator, bf16" in message
 
 
 def test_disabled_plugins_are_not_even_imported(

@@ -12,7 +12,10 @@ import pytest
 from helpers import make_project
 
 import core
-from core.hookspecs import GIB, Facts, Gpu, HardwareProfile, Phase, Plan, Strategy
+from core.errors import PluginError
+from core.hardware import OPTIONAL_MODULES
+from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Phase, Plan, Strategy
+from core.optim import check_groups
 from core.plan import resolve, runtime
 from core.plugins import Registry
 from core.project import Project
@@ -20,6 +23,9 @@ from core.project import Project
 REPO = Path(core.__file__).parents[1]
 BUNDLED = sorted(p.stem for p in (REPO / "plugins" / "strategies").glob("*.py"))
 CPU = HardwareProfile("a-cpu", device="cpu")
+RECIPE = {"bf16", "fp16", "adamw8bit", "bf16_weights"}
+LADDER = ["chunked_head", "checkpointing", "adamw8bit", "bf16_weights"]
+COMPLETE = frozenset(OPTIONAL_MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +51,9 @@ def plan_with(
     )
     params = make_project(tmp_path, hardware={"profile": "made-up", "options": options}).params
     gpus = (Gpu("card", 8 * GIB, profile.compute_capability),) if profile.device == "cuda" else ()
+    facts = Facts(os=os, gpus=gpus, cores=8, ram_bytes=8 * GIB, cpu_bf16=True, modules=COMPLETE)
     try:
-        return resolve(params, Facts(os=os, gpus=gpus, cores=8, ram_bytes=8 * GIB, cpu_bf16=True), registry)
+        return resolve(params, facts, registry)
     finally:
         del registry.profiles["made-up"]
 
@@ -58,7 +65,7 @@ def plan_with(
 def test_declaration(registry: Registry, name: str) -> None:
     strategy = registry.strategies[name]
     assert isinstance(strategy, Strategy) and isinstance(strategy.phase, Phase)
-    assert strategy.affects == ("recipe" if name in ("bf16", "fp16") else "execution")
+    assert strategy.affects == ("recipe" if name in RECIPE else "execution")
     json.dumps(dict(strategy.defaults))
     for other in (*strategy.requires, *strategy.conflicts, *strategy.after):
         assert other in registry.strategies
@@ -70,11 +77,11 @@ def test_declaration(registry: Registry, name: str) -> None:
 @pytest.mark.parametrize("name", BUNDLED)
 def test_works_alone_somewhere(tmp_path: Path, registry: Registry, name: str) -> None:
     strategy = registry.strategies[name]
-    profile = next(p for p in (card((8, 6)), CPU) if strategy.available(Facts(cpu_bf16=True), p) is None)
-    plan = plan_with(tmp_path, registry, profile, name)
-    assert [s.name for s in plan.active] == [name] and plan["micro_batch"] * plan[
-        "gradient_accumulation_steps"
-    ] == 8
+    facts = Facts(cpu_bf16=True, modules=COMPLETE)
+    profile = next(p for p in (card((8, 6)), CPU) if strategy.available(facts, p) is None)
+    plan = plan_with(tmp_path, registry, profile, *strategy.requires, name)
+    assert [s.name for s in plan.active] == [*strategy.requires, name]
+    assert plan["micro_batch"] * plan["gradient_accumulation_steps"] == 8
     runtime(plan)  # pluggy accepts its hooks
 
 
@@ -249,3 +256,109 @@ def test_debug_reminds_at_every_evaluation(tmp_path: Path, registry: Registry) -
     said: list[str] = []
     runtime(plan).hook.on_evaluate_end(build=SimpleNamespace(say=said.append), step=5, metrics={})
     assert said == ["step 5: SLOW, the strategy debug is on"]
+
+
+# ---- what saves memory
+
+
+def test_the_ladder_cheapest_first(registry: Registry) -> None:
+    rungs = sorted((s for s in registry.strategies.values() if s.rung), key=lambda s: s.rung)
+    assert [s.name for s in rungs] == LADDER
+    assert [s.affects for s in rungs] == ["execution", "execution", "recipe", "recipe"]
+    for strategy in registry.strategies.values():
+        assert not strategy.mid_run or strategy.rung, strategy.name
+        assert not strategy.mid_run or strategy.affects == "execution", strategy.name
+    assert [s.name for s in rungs if s.mid_run] == LADDER[:2]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "bf16_weights"])
+def test_what_needs_bitsandbytes_says_so(registry: Registry, name: str) -> None:
+    strategy = registry.strategies[name]
+    assert strategy.available(Facts(), card((8, 6))) == "install it: pip install bitsandbytes"
+    assert strategy.available(Facts(modules=frozenset({"bitsandbytes"})), card((8, 6))) is None
+
+
+def network(**sizes: Any) -> Any:
+    from core.model import build_model
+    from core.model_config import ModelConfig
+
+    given = {"architecture": "qwen3", "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
+    given |= {"n_inner": 128, "block_size": 16, "vocab_size": 128}
+    return build_model(ModelConfig(**{**given, **sizes}), seed=1)
+
+
+def build_of(plan: Plan, model: Any) -> Build:
+    return Build(plan, SimpleNamespace(), model, model, lr=1e-3)
+
+
+def losses_and_gradients(model: Any) -> tuple[float, list[Any]]:
+    import torch
+
+    tokens = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["checkpointing", "chunked_head"])
+def test_execution_rungs_change_no_gradient(
+    tmp_path: Path, registry: Registry, name: str, architecture: str
+) -> None:
+    import torch
+
+    plain = losses_and_gradients(network(architecture=architecture))
+    options = {"chunked_head": {"tokens": 10}} if name == "chunked_head" else {}
+    plan = plan_with(tmp_path, registry, CPU, name, **options)
+    model = network(architecture=architecture)
+    runtime(plan).hook.prepare_model(build=build_of(plan, model))
+    torch.testing.assert_close(losses_and_gradients(model), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_keeps_no_cast_weights(tmp_path: Path, registry: Registry) -> None:
+    plan = plan_with(tmp_path, registry, CPU, "checkpointing")
+    ((handler,),) = [asked["kwargs_handlers"] for asked in runtime(plan).hook.accelerator_kwargs(plan=plan)]
+    assert type(handler).__name__ == "AutocastKwargs" and handler.cache_enabled is False
+
+
+def test_chunked_head_takes_its_option_or_in_the_middle_of_a_run_its_default(
+    tmp_path: Path, registry: Registry
+) -> None:
+    strategy, model = registry.strategies["chunked_head"], network()
+    without = plan_with(tmp_path, registry, CPU, "loader")
+    strategy.prepare_model(build_of(without, model))
+    assert model.loss_chunk == strategy.defaults["tokens"]
+    plan = plan_with(tmp_path, registry, CPU, "chunked_head", chunked_head={"tokens": 7})
+    strategy.prepare_model(build_of(plan, model))
+    assert model.loss_chunk == 7
+    with pytest.raises(PluginError, match=r"chunked_head\.tokens: 0 should be 1 or more"):
+        plan_with(tmp_path, registry, CPU, "chunked_head", chunked_head={"tokens": 0})
+
+
+def state_bytes(optimizer: Any) -> int:
+    values = [v for state in optimizer.state.values() for k, v in state.items() if not k.startswith("qmap")]
+    return sum(v.numel() * v.element_size() for v in values if hasattr(v, "numel"))
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "bf16_weights"])
+def test_eight_bit_moments_and_their_stand_in_are_as_large(
+    tmp_path: Path, registry: Registry, name: str
+) -> None:
+    import torch
+
+    pytest.importorskip("bitsandbytes")
+    strategy, sizes = registry.strategies[name], []
+    plan = plan_with(tmp_path, registry, CPU, *strategy.requires, name)
+    for simulated in (False, True):
+        model = network()
+        build = build_of(plan, model)
+        build.simulated = simulated
+        runtime(plan).hook.prepare_model(build=build)
+        half = {p.dtype for p in model.parameters() if p.dim() > 1}
+        assert half == {torch.bfloat16 if name == "bf16_weights" else torch.float32}
+        assert model.lm_head.weight is model.model.embed_tokens.weight  # tied as before
+        optimizer = runtime(plan).hook.make_optimizer(build=build)
+        check_groups(model, optimizer)
+        sizes.append(state_bytes(optimizer))
+    n_params = sum(p.numel() for p in model.parameters())
+    assert sizes[0] == sizes[1] and 2 * n_params < sizes[0] < 3 * n_params

@@ -100,13 +100,22 @@ def test_first_three_lines_and_outputs(here: Machine) -> None:
         "profile      rtx4060: NVIDIA GeForce RTX 4060 matches",
         "strategies   allocator → bf16 → accumulation → loader → cleanup",
         "PYTORCH_ALLOC_CONF = expandable_segments:True",
+        " GiB at micro-batch 8",
+        "7.75 GiB less 0.4 for CUDA's context and 0.1 for the desktop on linux",
+        "  peak       weights 0.00, gradients 0.00, ",
+        "tokens/s expected",
     ):
         assert words in result.output, words
+    assert sum(line.startswith("memory       ") for line in lines) == 1
     assert lines[-1].startswith("verdict      ready: rtx4060, bf16, ")
     plan = json.loads(here.project.plan.read_text(encoding="utf-8"))
     assert plan["profile"]["name"] == "rtx4060" and plan["recipe"]["dtype"] == "bf16"
     inputs = json.loads(here.project.inputs.read_text(encoding="utf-8"))
     assert "corpus.txt" in json.dumps(inputs)
+    assert plan["memory"]["fits"] is True and plan["memory"]["forecast"]["micro_batch"] == 8
+    assert plan["ladder"][0]["micro_batch"] == 8
+    forecasts = json.loads(here.project.forecasts.read_text(encoding="utf-8"))
+    assert plan["memory"]["forecast"] in [answer["forecast"] for answer in forecasts["answers"].values()]
     env = json.loads(here.project.env.read_text(encoding="utf-8"))
     assert env["facts"]["gpus"] == [{"name": CARD.name, "vram_gib": 7.75, "capability": [8, 9]}]
     assert env["torch"] == HAS_CUDA
@@ -127,7 +136,7 @@ def test_machine_without_a_card(here: Machine) -> None:
 def test_second_run_writes_the_same_bytes_and_does_not_ask_torch(here: Machine) -> None:
     here.facts, here.torch_says = WITH_CARD, HAS_CUDA
     assert here.run().exit_code == 0
-    files = (here.project.plan, here.project.inputs, here.project.env)
+    files = (here.project.plan, here.project.inputs, here.project.env, here.project.forecasts)
     before = [path.read_bytes() for path in files]
     again = here.run()
     assert again.exit_code == 0 and here.probes == 1
@@ -225,6 +234,44 @@ def test_torch_without_cuda_beside_a_card(here: Machine) -> None:
         and "profile      cpu: NVIDIA GeForce RTX 4060 is here, but torch" in result.output
     )
     assert "install one with CUDA" in result.output
+
+
+def test_step_that_does_not_fit_names_what_would(here: Machine) -> None:
+    here.params(hardware={"memory_gib": 0.0001})
+    output = here.refused(2)
+    assert "memory       DOES NOT FIT: " in output
+    assert "out of memory before it starts: " in output and "what would fit: " in output
+    here.params(hardware={"memory_gib": 1.0})
+    result = here.run()
+    assert (
+        result.exit_code == 0
+        and "DOES NOT FIT" not in result.output
+        and "hardware.memory_gib" in result.output
+    )
+
+
+def test_remedy_that_is_named_works(here: Machine) -> None:
+    here.facts, here.torch_says = WITH_CARD, HAS_CUDA
+    tight = {"memory_gib": 0.15, "strategies": {"add": [], "remove": ["chunked_head", "checkpointing"]}}
+    # Eight sequences of 2,048 tokens at once need more; four need less.
+    sizes: dict[str, Any] = {"model": {"block_size": 2048}}
+    here.params(hardware=tight, train={"batch_tokens": 8 * 2048, "micro_batch": 8}, **sizes)
+    assert "train.micro_batch: auto" in here.refused(2)
+    here.params(hardware=tight, train={"batch_tokens": 8 * 2048}, **sizes)
+    result = here.run()
+    assert result.exit_code == 0, result.output
+    plan = json.loads(here.project.plan.read_text(encoding="utf-8"))
+    assert plan["execution"]["micro_batch"] < 8
+
+
+def test_card_in_use_at_the_moment(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.facts, here.torch_says = WITH_CARD, HAS_CUDA
+    monkeypatch.setattr(env_check, "_free_vram", lambda index: int(0.3 * GIB))
+    output = here.refused(2)
+    assert f"{CARD.name} has 0.30 GiB free at the moment, the step needs 0." in output
+    assert "close what else uses the card" in output and "set hardware.memory_gib to 0.1" in output
+    monkeypatch.setattr(env_check, "_free_vram", lambda index: int(0.5 * GIB))
+    assert here.run().exit_code == 0
 
 
 def test_torch_without_kernels_for_the_card(here: Machine) -> None:

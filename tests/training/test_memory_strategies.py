@@ -137,11 +137,13 @@ def test_rounded_updates_learn_where_rounding_to_nearest_stands_still() -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("names", [("checkpointing", "chunked_head"), ()], ids=["small", "plain"])
-def test_measuring_never_needs_more_than_a_step(
+def test_measuring_and_generating_never_need_more_than_a_step(
     ready: Any, architecture: str, names: tuple[str, ...]
 ) -> None:
-    """The peak of an evaluation at the training's micro-batch, beside that of the step."""
+    """An evaluation at the training's micro-batch, and a prompt of a whole context, beside the step."""
+    from core.generate import generate
     from core.memory.trace import Trace
+    from core.tokenizer import Tokenizer
 
     project = ready(
         model={"architecture": architecture, "n_layer": 4, "n_embd": 64, "block_size": 64},
@@ -152,14 +154,23 @@ def test_measuring_never_needs_more_than_a_step(
     n = plan["micro_batch"]
     hook = runtime(plan).hook
     build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
-    with Trace() as trace, torch.inference_mode():
-        trace.tape.begin("build")
+    with Trace() as measuring, torch.inference_mode():
+        measuring.tape.begin("build")
         tokens = torch.zeros(n, 64, dtype=torch.int64)
         build.model.eval()(tokens, tokens)
-    sizes = trace.tape.sizes(1)
-    alive = peak = 0
-    for event in trace.tape.events:
-        alive += int(sizes[event]) if event >= 0 else -int(sizes[~event])
-        peak = max(peak, alive)
+    with Trace() as generating:
+        generating.tape.begin("build")
+        tokenizer = Tokenizer.load(project.tokens / "tokenizer")
+        list(generate(build.network, tokenizer, "a lantern by the harbour " * 20, max_tokens=3))
     step_peak = simulate(plan, project.params, micro_batch=n).peak(n, True)
-    assert peak < step_peak.bytes - step_peak.resident
+    for trace in (measuring, generating):
+        assert 0 < peak_of(trace.tape) < step_peak.bytes - step_peak.resident
+
+
+def peak_of(tape: Any) -> int:
+    """The most that was alive at once [bytes]."""
+    alive = peak = 0
+    for event in tape.events:
+        alive += tape.constant[event] if event >= 0 else -tape.constant[~event]
+        peak = max(peak, alive)
+    return peak

@@ -42,7 +42,7 @@ def one_step(project, pieces: int, micro_batch: int):
     plan, _ = planned(project)
     plan.set("gradient_accumulation_steps", pieces, reason="", by="test")
     hook = runtime(plan).hook
-    build = build_training(project, plan, hook, make_accelerator(plan, hook), 512, print)
+    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
     tokens = torch.randint(0, 512, (8, 33), generator=torch.Generator().manual_seed(0))
     window = [(t[:, :-1], t[:, 1:]) for t in tokens.split(micro_batch)]
     loss, norm = optimizer_step(build, hook, window, 1.0)
@@ -229,16 +229,16 @@ def test_two_processes_train_the_same_model(ready):
     assert done.stdout.count("step 4/4") == 1, "only one process speaks"
 
 
-def test_memory_is_capped_at_the_profiles_card_on_a_device_without_an_index(ready, monkeypatch):
-    """accelerate's device is "cuda" without an index, which torch's cap refuses."""
-    from types import SimpleNamespace
-
+@pytest.mark.parametrize(("free", "share"), [(12, 0.25), (2, 0.125)])
+def test_memory_is_capped_at_the_plans_budget_on_a_device_without_an_index(ready, monkeypatch, free, share):
+    """At what is free where that is less. accelerate's device is "cuda" without an index, which torch's cap refuses."""
     from core.hookspecs import GIB
     from core.plan import runtime
 
     project = ready()
     plan, _ = planned(project)
     plan.profile = replace(plan.profile, device="cuda", vram_gib=4, compute_capability=(8, 6))
+    plan.memory_budget = 4 * GIB
     capped = []
 
     class Fake:
@@ -250,10 +250,10 @@ def test_memory_is_capped_at_the_profiles_card_on_a_device_without_an_index(read
 
     monkeypatch.setattr("accelerate.Accelerator", Fake)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=16 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free * GIB, 16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, i: capped.append((f, i)))
     make_accelerator(plan, runtime(plan).hook)
-    assert capped == [(0.25, 0)]
+    assert capped == [(share, 0)]
 
 
 def test_no_silent_fall_back_to_the_cpu(ready):
@@ -277,9 +277,10 @@ def test_a_loss_that_is_no_number_stops_the_run(ready, monkeypatch):
         return (loss * float("nan") if len(calls) == 4 else loss), norm
 
     calls: list[int] = []
+    project = ready()  # before: env-check may simulate a step
     monkeypatch.setattr(trainer, "optimizer_step", broken)
     with pytest.raises(UserError, match="the loss is nan at step 4"):
-        run(ready())
+        run(project)
 
 
 def test_last_weights_and_a_final_evaluation_when_time_runs_out_in_an_evaluation(ready, monkeypatch):
@@ -321,7 +322,10 @@ def test_out_of_memory_is_told_with_the_remedy(ready, monkeypatch):
     monkeypatch.setattr("core.trainer.optimizer_step", full)
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 2
-    assert "train.micro_batch" in result.output and "Traceback" not in result.output
+    assert "out of memory at step 1 with a micro-batch of 1" in result.output
+    assert (
+        "set a smaller model.block_size or model.preset" in result.output and "Traceback" not in result.output
+    )
 
 
 def test_options_that_json_writes_differently_are_no_stale_plan(ready):
