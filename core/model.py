@@ -40,7 +40,8 @@ class Network(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Return the cross entropy summed over `targets` [nats], or logits [B, T, V] where there are none.
 
-        tokens, targets: [B, T] int64. cache: a list that generation fills and hands back with each new token.
+        tokens, targets: [B, T] int64. cache: a list that generation fills and hands back with each new token; the
+        logits are then those of the last token, [B, 1, V].
         """
         hidden = self.hidden(tokens, cache)
         if targets is None:  # generation looks at the last token only

@@ -121,11 +121,11 @@ class MemoryWatch:
         return self.forecast.reserved if self.device.type == "cuda" else self.forecast.allocated
 
     def compared(self) -> str:
-        predicted = self.predicted()
-        return (
-            f"memory: {self.read() / GIB:.2f} GiB at peak, {predicted / GIB:.2f} predicted "
-            f"(x{self.peak / predicted:.2f})"
-        )
+        measured, predicted = self.read() / GIB, self.predicted() / GIB
+        if self.device.type == "cuda":
+            return f"memory: {measured:.2f} GiB reserved at peak, {predicted:.2f} predicted (x{measured / predicted:.2f})"
+        # A process needs more than its tensors: scratch of the CPU's kernels, and what malloc keeps.
+        return f"memory: the process needs {measured:.2f} GiB; {predicted:.2f} were predicted for its tensors"
 
     def _retries(self, step: int) -> None:
         import torch

@@ -5,14 +5,16 @@ torch is imported only for a question that was not asked before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from core.errors import PluginError, TightfitError, UserError
 from core.files import write_json
 from core.hookspecs import Facts, HardwareProfile, Plan
 from core.memory.allocator import KINDS, MIB, AllocatorSettings, OutOfMemory
@@ -123,13 +125,15 @@ class Forecaster:
         }
         key = _sha256(question)
         answers = self._read()
-        if key not in answers:
+        known = _fit(answers.get(key))
+        if known is None:
             if not self.simulates:
                 raise UserError("the memory plan is not there any more: run `python -m stages.env_check`")
-            answers[key] = asdict(self._answer(plan, params, step, candidates))
+            with _blaming_plugins(registry):
+                known = self._answer(plan, params, step, candidates)
+            answers[key] = asdict(known)
             self._write(answers)
-        answer = answers[key]
-        return Fit(answer["fits"], _forecast(answer["forecast"]), _forecast(answer["smallest"]))
+        return known
 
     def _answer(self, plan: Plan, params: Params, step: Any, candidates: Sequence[int]) -> Fit:
         tape = self._tape(plan, params, step)
@@ -210,7 +214,8 @@ class Forecaster:
             except (OSError, ValueError):
                 known = {}
             if isinstance(known, dict) and known.get("format") == CACHE_FORMAT:
-                self._answers = known["answers"]
+                answers = known.get("answers")
+                self._answers = answers if isinstance(answers, dict) else {}
         return self._answers
 
     def _write(self, answers: dict[str, Any]) -> None:
@@ -243,6 +248,35 @@ def smallest_limit(
         except OutOfMemory:
             low = middle
     return high
+
+
+@contextlib.contextmanager
+def _blaming_plugins(registry: Registry) -> Iterator[None]:
+    """What fails while the step runs on tensors without data is a plugin's doing: name the file and the line."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except Exception as error:
+        files = {str(Path(p.file).resolve()): p.name for p in registry.plugins if p.file}
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if str(Path(f.filename).resolve()) in files]
+        if not theirs:
+            raise
+        where = f"{files[str(Path(theirs[-1].filename).resolve())]}:{theirs[-1].lineno}"
+        raise PluginError(
+            f"{where}: {theirs[-1].name}() does not run on tensors without data, with which memory is planned "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); where build.simulated is true, stand in "
+            "for what needs values (docs/plugins.md)"
+        ) from error
+
+
+def _fit(answer: Any) -> Fit | None:
+    """A kept answer; None where there is none, or where it is damaged."""
+    try:
+        return Fit(answer["fits"], _forecast(answer["forecast"]), _forecast(answer["smallest"]))
+    except (KeyError, TypeError):
+        return None
 
 
 def _forecast(values: dict[str, Any]) -> Forecast:

@@ -46,6 +46,8 @@ def climb(
                 break
             if not set(rung.requires) <= {s.name for s in tried[0][0].active} | {s.name for s in up}:
                 continue
+            if any(s.name in rung.conflicts or rung.name in s.conflicts for s in up):
+                continue
             up = [s for s in up if not (rung.slot and s.slot == rung.slot)] + [rung]
         plan = draft(up)
         answer = fit(plan)
@@ -75,7 +77,7 @@ def climb(
 
 def _could_gain(plan: Plan, answer: Fit) -> bool:
     """Whether a larger micro-batch would be worth another rung."""
-    return len(plan.micro_batches) > 1 and answer.forecast.gain >= WORTH
+    return answer.forecast.micro_batch < plan.micro_batches[0] and answer.forecast.gain >= WORTH
 
 
 def _seconds(answer: Fit) -> float:

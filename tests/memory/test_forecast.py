@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
+import core
 from bench.memory import bundled
-from core.errors import UserError
+from core.errors import PluginError, UserError
 from core.hookspecs import GIB, Facts, HardwareProfile, Plan
 from core.memory import simulate as planner
 from core.memory.allocator import MIB, AllocatorSettings
@@ -21,8 +23,10 @@ from core.memory.tape import KINDS, Tape
 from core.params import Params
 from core.plan import resolve
 from core.plugin_check import machine
+from core.plugins import Registry
 
 REGISTRY = bundled()
+REPO = Path(core.__file__).parents[1]
 CARD = HardwareProfile("a-card", vram_gib=8, compute_capability=(8, 6))
 CPU = HardwareProfile("a-cpu", device="cpu")
 NO_ANSWER = r"the memory plan is not there any more: run `python -m stages.env_check`"
@@ -271,7 +275,11 @@ def test_what_changes_no_step_is_not_asked_again(cache: Path, simulated: list[Pl
     assert ask(cache, params, simulates=False) == ask(cache, simulates=False) and not simulated
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format": 0, "answers": {}}', b"\xff\xfe"])
+DAMAGED = [b"", b"{", b"[]", b"null", b'{"format": 0, "answers": {}}', b"\xff\xfe"]
+DAMAGED += [b'{"format": 1}', b'{"format": 1, "answers": null}', b'{"format": 1, "answers": []}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_asked_again_and_written_anew(
     cache: Path, simulated: list[Plan], content: bytes
 ) -> None:
@@ -281,6 +289,48 @@ def test_a_damaged_file_is_asked_again_and_written_anew(
         ask(cache, simulates=False)
     ask(cache)
     assert len(simulated) == 1 and cache.read_bytes() == before
+
+
+@pytest.mark.parametrize("entry", [None, 3, {"fits": True}, {"fits": True, "forecast": {}, "smallest": {}}])
+def test_a_damaged_answer_is_asked_again(cache: Path, simulated: list[Plan], entry: Any) -> None:
+    before = cache.read_bytes()
+    kept = json.loads(before)
+    cache.write_text(json.dumps({**kept, "answers": dict.fromkeys(kept["answers"], entry)}), encoding="utf-8")
+    ask(cache)
+    assert len(simulated) == 1 and cache.read_bytes() == before
+
+
+READS_DATA = """
+from core.hookspecs import Phase, Strategy, hookimpl
+
+
+class Reads(Strategy):
+    name, phase = "reads", Phase.MODEL
+
+    @hookimpl
+    def prepare_model(self, build):
+        next(build.network.parameters()).sum().item()
+
+
+@hookimpl
+def strategies():
+    return Reads()
+"""
+
+
+def test_a_plugin_that_needs_values_is_named_with_its_line(tmp_path: Path) -> None:
+    from helpers import make_project
+
+    shutil.copytree(REPO / "plugins", tmp_path / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "plugins" / "strategies" / "reads.py").write_text(READS_DATA, encoding="utf-8")
+    hardware = {"profile": "cpu", "strategies": {"add": ["reads"], "remove": []}}
+    project = make_project(tmp_path, hardware=hardware)
+    registry = Registry.load(project, entry_points=False)
+    facts = machine(registry.profile("cpu"))
+    with pytest.raises(
+        PluginError, match=r"reads\.py:10: prepare_model\(\) does not run on tensors without data"
+    ):
+        resolve(project.params, facts, registry, Forecaster())
 
 
 def test_a_missing_file_is_asked_again(cache: Path) -> None:
