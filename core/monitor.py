@@ -123,7 +123,8 @@ class MemoryWatch:
     def compared(self) -> str:
         measured, predicted = self.read() / GIB, self.predicted() / GIB
         if self.device.type == "cuda":
-            return f"memory: {measured:.2f} GiB reserved at peak, {predicted:.2f} predicted (x{measured / predicted:.2f})"
+            ratio = measured / predicted
+            return f"memory: {measured:.2f} GiB reserved at peak, {predicted:.2f} predicted (x{ratio:.2f})"
         # A process needs more than its tensors: scratch of the CPU's kernels, and what malloc keeps.
         return f"memory: the process needs {measured:.2f} GiB; {predicted:.2f} were predicted for its tensors"
 
