@@ -80,7 +80,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # cuDNN and C++. Whole phrases, so that an error which only mentions memory is not taken for one.
 PHRASES = re.compile(
     r"(CUDA|HIP|XPU|MPS backend) out of memory"
-    r"|CUDA error: out of memory|cudaErrorMemoryAllocation"
+    r"|CUDA (driver )?error: out of memory|cudaErrorMemoryAllocation|Triton Error \[CUDA\]: out of memory"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|NVML_SUCCESS == r INTERNAL ASSERT FAILED"
     r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
     r"|DefaultCPUAllocator: (can't allocate memory|not enough memory)"
     r"|std::bad_alloc"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TOKEN_SLICE = 512  # tokens that a half-precision product sums over
 VOCAB_SLICE = 16384  # rows of the weight's gradient that are computed at once in half precision
 
 
@@ -85,9 +86,14 @@ class _Chunked(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """total += grad.T @ rows: [V, C] fp32, [chunk, V], [chunk, C]. Half precision goes by slices of V."""
+    """total += grad.T @ rows: [V, C] fp32, [chunk, V], [chunk, C].
+
+    Half precision goes by slices of V, for room, and of few tokens: a product that sums over thousands would leave
+    fp16's range, which no loss scale could mend.
+    """
     if grad.dtype == total.dtype:
         total.addmm_(grad.t(), rows)
         return
-    for v in range(0, len(total), VOCAB_SLICE):
-        total[v : v + VOCAB_SLICE] += grad[:, v : v + VOCAB_SLICE].t() @ rows
+    for g, r in zip(grad.split(TOKEN_SLICE), rows.split(TOKEN_SLICE), strict=True):
+        for v in range(0, len(total), VOCAB_SLICE):
+            total[v : v + VOCAB_SLICE] += g[:, v : v + VOCAB_SLICE].t() @ r

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from core.batches import held_out_batches
-from core.errors import is_out_of_memory
+from core.errors import UserError, is_out_of_memory
 from core.tokens import TokenShards
 
 
@@ -25,11 +25,11 @@ def measure(
 ) -> dict[str, Any]:
     """Predict every held-out token once, in windows of the model's context; `batch` sequences at a time.
 
-    Returns loss [nats per token], perplexity, bits_per_byte, tokens and bytes. Bits per byte is all nats, those of the
-    document separators included, over the bytes of the text: it compares across tokenizers. Uses no more memory than a
-    training step, since nothing is kept for gradients and logits exist for few tokens at a time; where memory runs out
-    all the same, it goes on with fewer sequences, and says so. Several processes share the work. bytes_of: [V], UTF-8
-    bytes of an id.
+    Returns loss [nats per token], perplexity, bits_per_byte, tokens, bytes and sequences_at_once. Bits per byte is all
+    nats, those of the document separators included, over the bytes of the text: it compares across tokenizers. Uses no
+    more memory than a training step, since nothing is kept for gradients and logits exist for few tokens at a time;
+    where memory runs out all the same, it goes on with fewer sequences, and says so. Raises UserError where one is too
+    many. Several processes share the work. bytes_of: [V], UTF-8 bytes of an id.
     """
     import torch
 
@@ -50,8 +50,13 @@ def measure(
                         total += model(xs, ys).double()
             break
         except Exception as error:
-            if not is_out_of_memory(error) or batch == 1 or accelerator.num_processes > 1:
+            if not is_out_of_memory(error):
                 raise
+            if batch == 1 or accelerator.num_processes > 1:
+                raise UserError(
+                    f"out of memory in an evaluation with {batch} sequences at a time ({str(error).splitlines()[0]}): "
+                    "close what else uses the memory, or set a smaller model.block_size or model.preset"
+                ) from None
         batch = smaller(batch)
         say(f"out of memory in an evaluation: going on with {batch} sequences at a time")
         free_cached(accelerator.device)
@@ -63,6 +68,7 @@ def measure(
         "bits_per_byte": nats / math.log(2) / text_bytes,
         "tokens": tokens,
         "bytes": text_bytes,
+        "sequences_at_once": batch,
     }
 
 

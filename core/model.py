@@ -71,7 +71,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, layer: int, dro
     causal = q.shape[2] > 1
     assert not causal or q.shape[2] == k.shape[2], "the cache takes one token at a time"
     grouped = k.shape[1] != q.shape[1]
+    if grouped and not shares_heads(q):
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+
+
+def shares_heads(q: Tensor) -> bool:
+    """Whether attention's kernel takes fewer heads of keys than of queries.
+
+    On a card only flash attention does: bf16 or fp16, compute capability 8.0. Others would fall back to a path that
+    holds [T, T] (pytorch#181528), which costs far more than repeated keys.
+    """
+    if q.device.type != "cuda":
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def to_autocast(x: Tensor) -> Tensor:

@@ -128,10 +128,18 @@ class MemoryWatch:
         # A process needs more than its tensors: scratch of the CPU's kernels, and what malloc keeps.
         return f"memory: the process needs {measured:.2f} GiB; {predicted:.2f} were predicted for its tensors"
 
-    def _retries(self, step: int) -> None:
+    def forgive(self) -> None:
+        """Running out of memory is itself a retry; it has been told, and something has been done about it."""
+        if self.device.type == "cuda":
+            self.retries = max(self.retries, self._count())
+
+    def _count(self) -> int:
         import torch
 
-        retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+
+    def _retries(self, step: int) -> None:
+        retries = self._count()
         if retries > 2 * self.retries:  # the first, then each time they have doubled
             self.retries = retries
             self.say(

@@ -139,7 +139,7 @@ class ModelParams(Section):
     n_embd: Positive | None = None
     n_inner: Positive | None = None
     """Width of the feed-forward layer (default: 4 n_embd for gpt2, 8/3 n_embd rounded up to 64 for qwen3)."""
-    block_size: Annotated[int, Field(ge=8)] | None = None
+    block_size: Annotated[int, Field(ge=8, le=1 << 17)] | None = None
     """Context length T [tokens]."""
     tie_embeddings: bool = True
     """Use the token embedding as output head."""

@@ -93,6 +93,8 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
     )
     plan.fit = fit
     plan.rungs_left = rungs_of(plan, facts, registry, params.hardware.strategies.remove)
+    for rung in plan.rungs_left:  # a run that is short of memory may take them later
+        plan.options[rung.name] = _options(rung, profile, params.hardware, [])
     _take_micro_batch(plan)
     return plan
 
@@ -178,7 +180,7 @@ def _choose_strategies(
 
     named = {entry.rstrip("?") for entry in profile.strategies}
     for name in profile.options:
-        if name not in named:
+        if name not in named and not (name in registry.strategies and registry.strategies[name].rung):
             near = did_you_mean(name, named)
             problems.append(
                 f"profile {profile.name!r} has options for {name!r}, which is none of its strategies.{near}"
@@ -228,6 +230,8 @@ def _unused_options(
     for name in hardware.options:
         if name not in registry.strategies:
             problems.append(registry.unknown_strategy(name, "hardware.options"))
+        elif registry.strategies[name].rung:
+            pass  # the memory ladder may yet switch it on
         elif name not in active and name not in plan.skipped:
             problems.append(
                 f"hardware.options.{name}: {name} is not on; add it (hardware.strategies.add: [{name}])"

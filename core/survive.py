@@ -24,6 +24,8 @@ class Survivor:
     step_function: Callable[[list[tuple[Any, Any]]], Any]
     """One optimizer step over a window of micro-batches."""
     micro_batch: int
+    after: Callable[[], None] = lambda: None
+    """Called when something was given up."""
     happened: list[dict[str, Any]] = field(default_factory=list)
     """What was given up, for the log: step, micro_batch, strategy, error."""
 
@@ -90,12 +92,12 @@ class Survivor:
                 f"use at most, of {plan.memory_budget / GIB:.2f} that are the plan's; {remedy(plan)}"
             )
         plan.rungs_left.remove(rung)
-        plan.options.setdefault(rung.name, dict(rung.defaults))
         rung.prepare_model(build=self.build)
         return f"the strategy {rung.name}"
 
     def _note(self, number: int, reason: str, change: str) -> None:
         self.happened.append({"step": number, "out_of_memory": reason, "change": change})
+        self.after()
         self.build.say(
             f"step {number}: out of memory ({reason}); going on with {change}, the batch stays the same"
         )

@@ -61,8 +61,12 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
     )
     batches, micro_batches_read = micro_batches(windows, positions, plan), plan["gradient_accumulation_steps"]
     survivor = Survivor(
-        build, lambda window: optimizer_step(build, hook, window, params.grad_clip), plan["micro_batch"]
+        build,
+        lambda window: optimizer_step(build, hook, window, params.grad_clip),
+        plan["micro_batch"],
+        memory.forgive,
     )
+    measured_at_once = plan["micro_batch"]
     journal = Journal(run, config, plan, params, accelerator, survivor, memory)
     bytes_of = Tokenizer.load(project.tokens / "tokenizer").token_bytes()
     progress.say(describe(config, plan, windows, budget, journal))
@@ -99,10 +103,11 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
                         accelerator,
                         held_out,
                         bytes_of,
-                        survivor.micro_batch,
+                        min(measured_at_once, survivor.micro_batch),
                         params.eval_tokens,
                         progress.say,
                     )
+                    measured_at_once = measured["sequences_at_once"]
                     record = journal.evaluation(step, measured)
                     hook.on_evaluate_end(build=build, step=step, metrics=record)
                     journal.write(record)
@@ -236,8 +241,8 @@ def build_training(
         say=say,
         simulated=simulated,
     )
-    build.model.to(accelerator.device)
     hook.prepare_model(build=build)
+    build.model.to(accelerator.device)
     optimizer = hook.make_optimizer(build=build) or adamw(build)
     check_groups(build.model, optimizer)
     for group in optimizer.param_groups:  # peak rates; a strategy may give each group its own
@@ -362,6 +367,7 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._tell()
         if self.log is not None:
             self.log.close()
 
@@ -399,9 +405,16 @@ class Journal:
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        while self.told < len(self.survivor.happened):  # what memory made the run give up, as it happened
-            self.told += 1
-            self.write(self.survivor.happened[self.told - 1])
+        self._tell()
+        self._line(record)
+
+    def _tell(self) -> None:
+        """What memory made the run give up, as it happened."""
+        for event in self.survivor.happened[self.told :]:
+            self._line(event)
+        self.told = len(self.survivor.happened)
+
+    def _line(self, record: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()

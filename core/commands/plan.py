@@ -219,10 +219,19 @@ def on_profile(params: Params, name: str, own: HardwareProfile | None) -> tuple[
     hardware = params.hardware
     same = own is not None and name == own.name
     params = changed(params, hardware={"profile": "auto" if same else name})
-    if name == hardware.profile or (same and hardware.profile == "auto") or hardware.memory_gib is None:
+    if name == hardware.profile or (same and hardware.profile == "auto"):
         return params, []
-    note = f"hardware.memory_gib: {hardware.memory_gib:g} is for your own profile and is not used for others"
-    return changed(params, hardware={"memory_gib": None}), [note]
+    own_card: list[tuple[str, str, Any, Any]] = [
+        ("hardware", "memory_gib", hardware.memory_gib, None),
+        ("hardware", "options", hardware.options, {}),
+        ("train", "micro_batch", params.train.micro_batch, "auto"),
+    ]
+    notes = []
+    for section, key, value, otherwise in own_card:
+        if value != otherwise:
+            params = changed(params, **{section: {key: otherwise}})
+            notes.append(f"{section}.{key}: {value} is for your own profile and is not used for others")
+    return params, notes
 
 
 def with_preset(params: Params, preset: str) -> tuple[Params, list[str]]:

@@ -180,14 +180,17 @@ class CachingAllocator:
             block.pool.end = block
         return block
 
-    def _reserve(self, wanted: Any) -> int:
-        """Reserve `wanted()` bytes; where they pass the limit, give cached segments back and ask again."""
+    def _reserve(self, wanted: Any, asked: int) -> int:
+        """Reserve `wanted()` bytes; where they pass the limit, give cached segments back and ask again.
+
+        asked: what torch checks against the limit first, the whole request, even if less is missing [bytes].
+        """
         n = wanted()
-        if self.limit is not None and self.reserved + n > self.limit:
+        if self.limit is not None and self.reserved + max(n, asked) > self.limit:
             self.retries += 1
             self.release_cached()
             n = wanted()  # the end that was to be extended may be gone
-            if self.reserved + n > self.limit:
+            if self.reserved + max(n, asked) > self.limit:
                 raise OutOfMemory(
                     f"{n} bytes wanted, {self.reserved} of {self.limit} reserved, {self.allocated} allocated"
                 )
@@ -199,7 +202,7 @@ class CachingAllocator:
         nbytes = pool.segment_size
         if size >= MEDIUM_REQUEST:
             nbytes = -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
-        self._reserve(lambda: nbytes)
+        self._reserve(lambda: nbytes, nbytes)
         head = Block(self._address, nbytes, pool, None, None)
         self._address += nbytes
         self.heads.add(head)
@@ -212,7 +215,10 @@ class CachingAllocator:
             have = pool.end.size if pool.end is not None and pool.end.free else 0
             return -(-(size - have) // pool.segment_size) * pool.segment_size
 
-        nbytes, end = self._reserve(missing), pool.end
+        asked = (
+            -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING if size >= MEDIUM_REQUEST else pool.segment_size
+        )
+        nbytes, end = self._reserve(missing, asked), pool.end
         if end is not None and end.free:
             pool.take(end)
             end.size += nbytes

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import PluginError, TightfitError, UserError
-from core.files import write_json
+from core.files import write_text
 from core.hookspecs import Facts, HardwareProfile, Plan
 from core.memory.allocator import KINDS, MIB, AllocatorSettings, OutOfMemory
 from core.params import Params
@@ -43,22 +43,32 @@ CODE = (
 )
 
 
+BUDGET_STEP = 1 << 26
+"""Budgets are whole multiples of it [bytes]: what a system shows of its memory varies a little from boot to boot."""
+
+
 def memory_budget(profile: HardwareProfile, facts: Facts, asked_gib: float | None) -> tuple[int, str]:
     """Bytes that a step may use, and why: what is free on the card, or a share of the machine's RAM."""
     if asked_gib is not None:
         return int(asked_gib * GIB), "hardware.memory_gib"
     if profile.device == "cpu":
-        return int(facts.ram_bytes * CPU_SHARE), f"{CPU_SHARE:.0%} of {facts.ram_bytes / GIB:.1f} GiB RAM"
+        return _whole_steps(
+            facts.ram_bytes * CPU_SHARE
+        ), f"{CPU_SHARE:.0%} of {facts.ram_bytes / GIB:.1f} GiB RAM"
     total = int(profile.vram_gib * GIB)
     if facts.gpu is not None:  # drivers show a few percent less than the nominal size
         total = min(total, facts.gpu.vram_bytes)
     desktop = DESKTOP_BYTES.get(facts.os, DESKTOP_BYTES["linux"])
-    free = int((total - CONTEXT_BYTES - desktop) * profile.vram_budget)
+    free = _whole_steps((total - CONTEXT_BYTES - desktop) * profile.vram_budget)
     why = (
         f"{total / GIB:.2f} GiB less {CONTEXT_BYTES / GIB:.1f} for CUDA's context and {desktop / GIB:.1f} for the "
         f"desktop on {facts.os}"
     )
     return free, why + (f", of that {profile.vram_budget:.0%}" if profile.vram_budget != 1 else "")
+
+
+def _whole_steps(nbytes: float) -> int:
+    return int(nbytes // BUDGET_STEP * BUDGET_STEP)
 
 
 @dataclass(frozen=True)
@@ -124,15 +134,13 @@ class Forecaster:
             "rates": self._rates(plan),
         }
         key = _sha256(question)
-        answers = self._read()
-        known = _fit(answers.get(key))
+        known = _fit(self._read().get(key))
         if known is None:
             if not self.simulates:
                 raise UserError("the memory plan is not there any more: run `python -m stages.env_check`")
             with _blaming_plugins(registry):
                 known = self._answer(plan, params, step, candidates)
-            answers[key] = asdict(known)
-            self._write(answers)
+            self._keep(key, known)
         return known
 
     def _answer(self, plan: Plan, params: Params, step: Any, candidates: Sequence[int]) -> Fit:
@@ -218,16 +226,25 @@ class Forecaster:
                 self._answers = answers if isinstance(answers, dict) else {}
         return self._answers
 
-    def _write(self, answers: dict[str, Any]) -> None:
+    def _keep(self, key: str, answer: Fit) -> None:
+        if self.cache is not None:
+            self._answers = None  # another process may have written meanwhile
+        answers = self._read()
+        answers[key] = asdict(answer)
         if self.cache is not None:
             newest = dict(list(answers.items())[-CACHE_ENTRIES:])
-            write_json(self.cache, {"format": CACHE_FORMAT, "answers": newest})
+            # Not sorted: the order says which answer is the newest.
+            write_text(self.cache, json.dumps({"format": CACHE_FORMAT, "answers": newest}) + "\n")
 
 
 def processes_bytes(plan: Plan) -> int:
-    """What DistributedDataParallel adds: its buckets hold every gradient a second time (torch's docs of
-    `gradient_as_bucket_view`)."""
-    return plan.model.n_params * 4 if plan.num_processes > 1 else 0
+    """What DistributedDataParallel adds [bytes].
+
+    Its buckets hold every gradient a second time (torch's docs of `gradient_as_bucket_view`), and the gradient of the
+    chunked head waits in autograd for that of a tied embedding.
+    """
+    head = plan.model.vocab_size * plan.model.n_embd
+    return (plan.model.n_params + head) * 4 if plan.num_processes > 1 else 0
 
 
 def allocator_settings(plan: Plan) -> AllocatorSettings:

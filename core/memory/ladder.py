@@ -6,6 +6,7 @@ micro-batch. One that changes them, such as an optimizer with 8-bit moments, onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,8 +82,7 @@ def _could_gain(plan: Plan, answer: Fit) -> bool:
 
 
 def _seconds(answer: Fit) -> float:
-    assert answer.forecast.seconds is not None
-    return answer.forecast.seconds[0]
+    return answer.forecast.seconds[0] if answer.forecast.seconds else math.inf
 
 
 def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str]) -> list[Strategy]:

@@ -66,7 +66,8 @@ def run_step(
         vocab_size=config.vocab_size,
     )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with own_garbage(), fresh_accelerate(), movable_modules(fake), fake_mode, cuda_semantics(cuda), trace:
+    on_card = cuda_semantics(cuda, plan.profile.compute_capability)
+    with own_garbage(), fresh_accelerate(), movable_modules(fake), fake_mode, on_card, trace:
         trace.tape.begin("build")
         accelerator = make_accelerator(here, hook, simulated=True)
         build = build_training(here, hook, accelerator, config, params, lambda line: None, simulated=True)
@@ -177,11 +178,17 @@ def narrate(build: Any, trace: Any) -> None:
 
 
 def prime_batch(plan: Plan) -> int:
-    """A prime that divides none of the network's dimensions, at least 5 and at least MIN_TOKENS tokens long."""
+    """A prime that divides none of the network's dimensions nor a strategy's numbers, such as the size of a chunk.
+
+    At least 5, and at least MIN_TOKENS tokens long.
+    """
     config = plan.model
+    chosen = [
+        v for s in plan.active for v in plan.options.get(s.name, {}).values() if type(v) is int and v > 0
+    ]
     sizes = (
         *(config.n_embd, config.n_inner, config.n_head, config.n_kv_head, config.n_layer),
-        *(config.block_size, config.vocab_size, config.head_dim),
+        *(config.block_size, config.vocab_size, config.head_dim, *chosen),
     )
     n = max(5, -(-MIN_TOKENS // config.block_size))
     while any(n % k == 0 for k in range(2, n)) or any(size % n == 0 for size in sizes):
@@ -211,7 +218,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cuda_semantics(cuda: bool) -> Iterator[None]:
+def cuda_semantics(cuda: bool, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
     """Where device cpu stands for a card: what torch does in another way there.
 
     F.dropout on a CPU keeps a mask of the input's width, on CUDA one of bools. Attention's dropout sends a CPU to the
@@ -220,6 +227,8 @@ def cuda_semantics(cuda: bool) -> Iterator[None]:
     """
     import torch
     import torch.nn.functional as F
+
+    import core.model
 
     class FusedRMSNorm(torch.autograd.Function):
         """The kernel's memory. It computes nothing."""
@@ -248,10 +257,14 @@ def cuda_semantics(cuda: bool) -> Iterator[None]:
     def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
         return FusedRMSNorm.apply(x, weight)
 
+    def shares_heads(q: Any) -> bool:
+        return q.dtype != torch.float32 and capability >= (8, 0)
+
     with contextlib.ExitStack() as stack:
         if cuda:
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
             stack.enter_context(mock.patch.object(F, "dropout", dropout))
+            stack.enter_context(mock.patch.object(core.model, "shares_heads", shares_heads))
             stack.enter_context(mock.patch.object(F, "rms_norm", rms_norm))
         yield
 

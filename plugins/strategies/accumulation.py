@@ -1,5 +1,7 @@
 """Gradient accumulation: the batch in tokens stays what params say, whatever micro-batch fits."""
 
+import math
+
 from core.errors import UserError
 from core.hookspecs import Phase, Strategy, hookimpl
 
@@ -12,7 +14,8 @@ class Accumulation(Strategy):
     @hookimpl
     def adjust_plan(self, plan):
         batch, limit = plan.sequences // plan.num_processes, self.opts(plan)["max_micro_batch_tokens"]
-        sizes = [n for n in range(batch, 0, -1) if batch % n == 0]
+        low = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
+        sizes = sorted({*low, *(batch // n for n in low)}, reverse=True)
         reason = "train.micro_batch"
         if plan.micro_batch is None:
             sizes = [n for n in sizes if not limit or n * plan.model.block_size <= limit] or [1]
@@ -23,6 +26,10 @@ class Accumulation(Strategy):
             raise UserError(f"train.micro_batch: {found}")
         else:
             sizes = [plan.micro_batch]
+        if limit < 0:
+            raise UserError(
+                f"hardware.options.accumulation.max_micro_batch_tokens: {limit} should be 0 or more"
+            )
         plan.micro_batches = tuple(sizes)  # core takes the largest that fits into memory
         plan.set("micro_batch", sizes[0], reason=reason, by=self.name)
         reason = f"{batch} sequences per step / {sizes[0]}: the batch in tokens does not change"

@@ -12,12 +12,6 @@ class Checkpointing(Strategy):
     rung, mid_run = 20, True
 
     @hookimpl
-    def accelerator_kwargs(self):
-        from accelerate.utils import AutocastKwargs
-
-        return {"kwargs_handlers": [AutocastKwargs(cache_enabled=False)]}
-
-    @hookimpl
     def prepare_model(self, build):
         import torch
         from torch.utils.checkpoint import checkpoint
@@ -28,6 +22,8 @@ class Checkpointing(Strategy):
             def call(*args):
                 if not torch.is_grad_enabled():
                     return forward(*args)
+                if torch.is_autocast_enabled(args[0].device.type):  # which restores it at its end
+                    torch.set_autocast_cache_enabled(False)
                 return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random)
 
             return call

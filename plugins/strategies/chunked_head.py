@@ -13,13 +13,12 @@ class ChunkedHead(Strategy):
 
     @hookimpl
     def check_plan(self, plan):
-        tokens = self.opts(plan)["tokens"]
-        return f"hardware.options.chunked_head.tokens: {tokens} should be 1 or more" if tokens < 1 else None
+        key, tokens = "hardware.options.chunked_head.tokens", self.opts(plan)["tokens"]
+        return None if 16 <= tokens <= 4096 else f"{key}: {tokens} should be 16 to 4096"
 
     @hookimpl
     def prepare_model(self, build):
-        # A rung that is climbed in the middle of a run was in no plan: it has its defaults there.
-        build.network.loss_chunk = build.plan.options.get(self.name, self.defaults)["tokens"]
+        build.network.loss_chunk = self.opts(build.plan)["tokens"]
 
 
 @hookimpl

@@ -179,7 +179,7 @@ def test_growing_tensors_do_not_fragment_it() -> None:
 
 
 def test_its_end_is_given_back_in_granules() -> None:
-    allocator = CachingAllocator(limit=100 * MIB, settings=EXPANDABLE)
+    allocator = CachingAllocator(limit=110 * MIB, settings=EXPANDABLE)
     kept, end = taken(allocator, 30 * MIB), taken(allocator, 70 * MIB)
     allocator.free(end)
     allocator.release_cached()
@@ -191,7 +191,7 @@ def test_its_end_is_given_back_in_granules() -> None:
 
 
 def test_a_retry_extends_what_the_release_has_left() -> None:
-    allocator = CachingAllocator(limit=80 * MIB, settings=EXPANDABLE)
+    allocator = CachingAllocator(limit=90 * MIB, settings=EXPANDABLE)
     small = [taken(allocator, MIB) for _ in range(2)]
     taken(allocator, 30 * MIB)
     allocator.free(taken(allocator, 10 * MIB))
@@ -200,7 +200,18 @@ def test_a_retry_extends_what_the_release_has_left() -> None:
     taken(allocator, 50 * MIB)  # 40 more at the end, for which the small pool must go
     assert (allocator.retries, allocator.reserved) == (1, 80 * MIB)
     with pytest.raises(OutOfMemory):
-        allocator.malloc(MIB)
+        allocator.malloc(12 * MIB)
+
+
+def test_torch_holds_the_whole_request_against_the_limit() -> None:
+    """Even where the free end of the segment would do for a part: CUDACachingAllocator.cpp, alloc_block."""
+    allocator = CachingAllocator(limit=100 * MIB, settings=EXPANDABLE)
+    taken(allocator, 30 * MIB)
+    allocator.free(taken(allocator, 10 * MIB))
+    assert allocator.reserved == 40 * MIB
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(62 * MIB)  # 52 are missing, 92 in all would fit
+    assert allocator.retries == 1
 
 
 # ---- max_split_size

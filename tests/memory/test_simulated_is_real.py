@@ -102,3 +102,28 @@ def test_near_torchs_allocator() -> None:
 
 def test_an_optimizer_that_makes_its_state_in_its_first_step() -> None:
     assert_near(WithStrategy("gpt2", "fp32", n_layer=5, micro_batch=2, strategy=Lazy()), True)
+
+
+@pytest.mark.parametrize("tokens", [20, 35, 48, 55, 77, 130])
+def test_a_chunk_of_any_size(tokens: int) -> None:
+    """A chunk that the simulated micro-batch divides must not be taken as proportional to it."""
+    configuration = replace(PLAIN, strategies=BOTH)
+    plan, params = configuration.plan(REGISTRY)
+    plan.options["chunked_head"] = {"tokens": tokens}
+    n = configuration.micro_batch
+    assert (
+        tape_of(plan, params).peak(n, True).bytes == simulate(plan, params, micro_batch=n).peak(n, True).bytes
+    )
+
+
+def test_grouped_queries_on_a_card_without_flash_attention() -> None:
+    """There keys and values are repeated, instead of taking the path that holds [T, T]."""
+    activations = []
+    for capability in ((7, 5), (8, 6)):
+        plan, params = Configuration("qwen3", "bf16", n_layer=2).plan(REGISTRY)
+        plan.profile = replace(plan.profile, device="cuda", compute_capability=capability)
+        plan.model = replace(plan.model, n_head=4, n_kv_head=1)
+        tape = simulate(plan, params, micro_batch=4)
+        assert any("flash_attention" in op for op in tape.op) and "_softmax" not in tape.op
+        activations.append(tape.peak(4, True).parts["activations"])
+    assert activations[0] > activations[1]

@@ -20,7 +20,7 @@ import core
 from core.env_check import plan_lines
 from core.errors import PluginError, TightfitError, UserError
 from core.hookspecs import GIB, Facts, Gpu, HardwareProfile, Phase, Plan
-from core.memory.forecast import Forecaster
+from core.memory.forecast import BUDGET_STEP, Forecaster
 from core.plan import apply_env, plan_dict, plan_json, recipe_strategies, resolve, runtime
 from core.plugins import Registry
 from core.project import Project
@@ -129,14 +129,14 @@ def test_memory_budget_is_the_profiles_whatever_the_card(
     profile = registry.profiles[name]
     large = Gpu("NVIDIA H200", 139 * GIB, (9, 0))
     plan = plan_for(project, registry, name, facts={"gpus": (large,)})
-    assert plan.memory_budget == pytest.approx((profile.vram_gib - 0.4 - 0.1) * GIB, abs=2)
+    assert plan.memory_budget == pytest.approx((profile.vram_gib - 0.4 - 0.1) * GIB, abs=BUDGET_STEP)
     assert (
         plan.memory_reason
         == f"{profile.vram_gib:.2f} GiB less 0.4 for CUDA's context and 0.1 for the desktop on linux"
     )
     small = replace(large, vram_bytes=int(0.97 * profile.vram_gib * GIB))  # what a driver shows
     shown = plan_for(project, registry, name, facts={"gpus": (small,)}).memory_budget
-    assert shown == pytest.approx((0.97 * profile.vram_gib - 0.4 - 0.1) * GIB, abs=2)
+    assert shown == pytest.approx((0.97 * profile.vram_gib - 0.4 - 0.1) * GIB, abs=BUDGET_STEP)
 
 
 def test_memory_budget_of_the_users_own(project: Project, registry: Registry) -> None:

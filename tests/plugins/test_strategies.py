@@ -308,7 +308,7 @@ def test_execution_rungs_change_no_gradient(
     import torch
 
     plain = losses_and_gradients(network(architecture=architecture))
-    options = {"chunked_head": {"tokens": 10}} if name == "chunked_head" else {}
+    options = {"chunked_head": {"tokens": 16}} if name == "chunked_head" else {}
     plan = plan_with(tmp_path, registry, CPU, name, **options)
     model = network(architecture=architecture)
     runtime(plan).hook.prepare_model(build=build_of(plan, model))
@@ -316,22 +316,34 @@ def test_execution_rungs_change_no_gradient(
 
 
 def test_checkpointing_keeps_no_cast_weights(tmp_path: Path, registry: Registry) -> None:
-    plan = plan_with(tmp_path, registry, CPU, "checkpointing")
-    ((handler,),) = [asked["kwargs_handlers"] for asked in runtime(plan).hook.accelerator_kwargs(plan=plan)]
-    assert type(handler).__name__ == "AutocastKwargs" and handler.cache_enabled is False
+    """Autocast's cache is off inside a layer, the first time and when it is computed again."""
+    import torch
+
+    plan, model = plan_with(tmp_path, registry, CPU, "checkpointing"), network()
+    seen, plain = [], model.layers[1].forward
+
+    def watched(*args: Any) -> Any:
+        seen.append(torch.is_autocast_cache_enabled())
+        return plain(*args)
+
+    model.layers[1].forward = watched
+    registry.strategies["checkpointing"].prepare_model(build_of(plan, model))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(tokens, tokens)
+    loss.backward()
+    assert seen == [False, False] and torch.is_autocast_cache_enabled()
 
 
-def test_chunked_head_takes_its_option_or_in_the_middle_of_a_run_its_default(
-    tmp_path: Path, registry: Registry
-) -> None:
+def test_chunked_head_takes_its_option(tmp_path: Path, registry: Registry) -> None:
     strategy, model = registry.strategies["chunked_head"], network()
-    without = plan_with(tmp_path, registry, CPU, "loader")
-    strategy.prepare_model(build_of(without, model))
-    assert model.loss_chunk == strategy.defaults["tokens"]
-    plan = plan_with(tmp_path, registry, CPU, "chunked_head", chunked_head={"tokens": 7})
+    plan = plan_with(tmp_path, registry, CPU, "chunked_head")
     strategy.prepare_model(build_of(plan, model))
-    assert model.loss_chunk == 7
-    with pytest.raises(PluginError, match=r"chunked_head\.tokens: 0 should be 1 or more"):
+    assert model.loss_chunk == strategy.defaults["tokens"]
+    plan = plan_with(tmp_path, registry, CPU, "chunked_head", chunked_head={"tokens": 70})
+    strategy.prepare_model(build_of(plan, model))
+    assert model.loss_chunk == 70
+    with pytest.raises(PluginError, match=r"chunked_head\.tokens: 0 should be 16 to 4096"):
         plan_with(tmp_path, registry, CPU, "chunked_head", chunked_head={"tokens": 0})
 
 

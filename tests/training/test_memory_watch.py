@@ -84,6 +84,15 @@ def test_retries_are_told_when_they_begin_and_double(watch: Any) -> None:
     assert "99 times" in look(watch, 1000)[0]
 
 
+def test_running_out_of_memory_is_not_told_twice(watch: Any) -> None:
+    look(watch, 1000)
+    watch.card.retries = 3
+    watch.forgive()
+    assert look(watch, 1000) == []
+    watch.card.retries = 7
+    assert len(look(watch, 1000)) == 1
+
+
 def test_on_a_cpu_it_is_what_the_process_grew_by() -> None:
     import numpy as np
 

@@ -217,6 +217,10 @@ def test_other_errors_pass_untouched(bench: Bench) -> None:
             "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."
         ),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1016"),
         MemoryError(),
     ],
     ids=lambda e: str(e)[:40],
@@ -318,6 +322,34 @@ def test_evaluation_goes_on_with_fewer_sequences(ready: Any, monkeypatch: pytest
     assert sizes == [8, 4] and any("4 sequences at a time" in line for line in lines)
     again = json.loads((project.reports / "train.json").read_text(encoding="utf-8"))["best_val_loss"]
     assert again == pytest.approx(normal, rel=1e-6)
+
+
+def test_evaluation_of_one_sequence_ends_with_a_message(ready: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import core.measure
+
+    def failing(*args: Any) -> Any:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(core.measure, "held_out_batches", failing)
+    with pytest.raises(UserError, match="out of memory in an evaluation with 1 sequences at a time"):
+        run_training(ready(train={"max_steps": 1, "eval_interval": 1}), lambda line: None)
+
+
+def test_what_was_given_up_is_in_the_log_of_a_run_that_ends(
+    ready: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import core.trainer
+
+    def failing(*args: Any) -> Any:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    project = ready()
+    monkeypatch.setattr(core.trainer, "optimizer_step", failing)
+    with pytest.raises(UserError, match="with a micro-batch of 1"):
+        run_training(project, lambda line: None)
+    log = next(project.runs.glob("*/log.jsonl")).read_text(encoding="utf-8").splitlines()
+    changes = [json.loads(line)["change"] for line in log]
+    assert changes == ["micro-batch 4", "micro-batch 2", "micro-batch 1", "the strategy checkpointing"]
 
 
 LIMITED = """

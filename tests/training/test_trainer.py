@@ -153,7 +153,7 @@ def test_comments_and_docstrings_do_not_count(tmp_path, monkeypatch):
 def test_best_or_last_weights(ready, monkeypatch):
     def worse_and_worse(*args):
         losses.append(5.0 + len(losses))
-        return {"loss": losses[-1], "bits_per_byte": 1.0}
+        return {"loss": losses[-1], "bits_per_byte": 1.0, "sequences_at_once": 1}
 
     monkeypatch.setattr("core.trainer.measure", worse_and_worse)
     steps = {}
