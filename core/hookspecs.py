@@ -256,7 +256,7 @@ class RuntimeSpecs:
 
     @hookspec
     def prepare_model(self, build: Build) -> None:
-        """Wrap or edit build.model before the optimizer exists."""
+        """Wrap or edit build.model before it moves to its device and the optimizer exists."""
 
     @hookspec(firstresult=True)
     def make_optimizer(self, build: Build) -> Any:
