@@ -374,3 +374,23 @@ def test_eight_bit_moments_and_their_stand_in_are_as_large(
         sizes.append(state_bytes(optimizer))
     n_params = sum(p.numel() for p in model.parameters())
     assert sizes[0] == sizes[1] and 2 * n_params < sizes[0] < 3 * n_params
+
+
+def test_accumulation_refuses_a_limit_below_zero(tmp_path: Path, registry: Registry) -> None:
+    from core.errors import UserError
+
+    with pytest.raises(UserError, match=r"accumulation\.max_micro_batch_tokens: -5 is below 0"):
+        plan_with(tmp_path, registry, CPU, "accumulation", accumulation={"max_micro_batch_tokens": -5})
+
+
+def test_accumulation_of_a_huge_batch_is_no_search(registry: Registry) -> None:
+    """Every divisor, largest first, of a batch whose sequences nobody could count through."""
+    sequences = 2**20 * 3**10
+    plan = SimpleNamespace(
+        sequences=sequences, num_processes=1, micro_batch=None, options={"accumulation": {}}
+    )
+    plan.options["accumulation"] = {"max_micro_batch_tokens": 0}
+    plan.set = lambda *args, **kwargs: None
+    registry.strategies["accumulation"].adjust_plan(plan)
+    assert plan.micro_batches[0] == sequences and plan.micro_batches[-1] == 1
+    assert len(plan.micro_batches) == 21 * 11 and all(sequences % n == 0 for n in plan.micro_batches)
