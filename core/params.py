@@ -182,6 +182,8 @@ class TrainParams(Section):
     """Held-out tokens per such evaluation; always the same ones."""
     log_interval: Positive = 10
     """Steps between log lines; the loss is read from the device only then."""
+    checkpoint_minutes: PositiveFloat = 10.0
+    """At most this much training is done again after a crash [minutes]; every evaluation saves a checkpoint too."""
     final_weights: Literal["best", "last"] = "best"
     """Which weights become the final model: best on held-out text, or the last."""
 

@@ -27,7 +27,7 @@ NUMERICS = ("batches.py", "loss.py", "measure.py", "model.py", "optim.py", "opti
 
 def fingerprint(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> str:
     """Twelve hex digits that name a run. plan: the plan document; tokens: the token manifest."""
-    train = project.params.train.model_dump(exclude={"micro_batch", "log_interval"})
+    train = project.params.train.model_dump(exclude={"micro_batch", "log_interval", "checkpoint_minutes"})
     identity = {
         "recipe": plan["recipe"],
         "strategies": [{k: s[k] for k in ("name", "options", "sha256")} for s in recipe_strategies(plan)],
