@@ -28,6 +28,12 @@ class Windows:
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Return x and y, [T] int64 each; y is x one token later."""
+        shard, start = self._place(position)
+        tokens = self.shards.shards[shard][start : start + self.block_size + 1].astype(np.int64)
+        return tokens[:-1], tokens[1:]
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(shard, first token)."""
         epoch, index = divmod(position, self.per_epoch)
         order, offsets = self._order(epoch)
         window = int(order[index])
@@ -35,10 +41,13 @@ class Windows:
         while window >= self.counts[shard]:
             window -= self.counts[shard]
             shard += 1
-        T = self.block_size
-        start = int(offsets[shard]) + window * T
-        tokens = self.shards.shards[shard][start : start + T + 1].astype(np.int64)
-        return tokens[:-1], tokens[1:]
+        return shard, int(offsets[shard]) + window * self.block_size
+
+    def places(self, first: int, n: int) -> list[str]:
+        """Where n sequences from a position on begin: "train_000.bin[4096]", for a message."""
+        files = self.shards.manifest[self.shards.split]["shards"]
+        found = [self._place(position) for position in range(first, first + n)]
+        return [f"{files[shard]['file']}[{start}]" for shard, start in found]
 
     def __getitems__(self, positions: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """A whole micro-batch at once: x and y, [B, T]."""

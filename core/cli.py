@@ -5,19 +5,17 @@ Nothing heavy is imported here, so that `--help` stays fast.
 
 from __future__ import annotations
 
-import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from core.errors import MediaError, Stopped, TightfitError, UserError, is_out_of_memory
+from core import faults
+from core.errors import MEDIA_ERRNOS, MediaError, Stopped, TightfitError, UserError, is_out_of_memory
 from core.project import Project
-
-# Disk full, quota, read-only, I/O error; EDQUOT does not exist on Windows.
-MEDIA_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class Command(click.Command):
@@ -33,8 +31,10 @@ class Command(click.Command):
                 stream.reconfigure(encoding="utf-8", errors="replace")
         debug = ctx.params.pop("debug")
         try:
+            if spec := os.environ.get(faults.VARIABLE):
+                faults.arm(spec)
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt) as e:
+        except (Exception, KeyboardInterrupt, SystemExit) as e:
             problem = None if debug else explain(e)
             if problem is None:
                 raise
@@ -46,6 +46,8 @@ def explain(error: BaseException) -> TightfitError | None:
     """Return what to tell the user about `error`, or None for a bug that deserves its traceback."""
     if isinstance(error, TightfitError):
         return error
+    if isinstance(error, SystemExit):  # sys.exit(0) somewhere inside must not look like a finished stage
+        return TightfitError(f"the program was ended from inside, by sys.exit({error.code!r})")
     if isinstance(error, KeyboardInterrupt):
         return Stopped("interrupted; nothing was recorded. Run the same command again.")
     if isinstance(error, OSError) and error.errno in MEDIA_ERRNOS:
@@ -65,6 +67,15 @@ def explain(error: BaseException) -> TightfitError | None:
             "or model.preset"
         )
     return None
+
+
+def say(line: str) -> None:
+    """Print a line. Where nobody reads it any more (a closed pipe, a gone terminal), the work goes on in silence."""
+    try:
+        click.echo(line)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
@@ -116,6 +127,8 @@ class LazyGroup(click.Group):
         "bench": ("core.commands.bench", "Measure this machine: tightfit bench devices."),
         "params": ("core.commands.params", "Explain every key of params.yaml."),
         "plugins": ("core.commands.plugins", "List, check and create plugins."),
+        "runs": ("core.commands.runs", "List, look at and clear runs."),
+        "selftest": ("core.commands.selftest", "Rehearse what can go wrong: tightfit selftest --faults."),
     },
 )
 @click.version_option(package_name="tightfit")

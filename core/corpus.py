@@ -78,21 +78,27 @@ def prepare(project: Project, say: Callable[[str], None]) -> dict[str, Any]:
     return manifest
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Stream the texts of train.jsonl or val.jsonl. Raises UserError naming a damaged line, or a missing file."""
+def read_documents(path: Path, digest: Any = None) -> Iterator[str]:
+    """Stream the texts of train.jsonl or val.jsonl; `digest`, of hashlib, is updated with the file's bytes.
+
+    Raises UserError naming a damaged line, or a missing file.
+    """
     try:
         f = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run `prepare-data` first (or `dvc repro`).") from None
     with f:
         for number, line in enumerate(f, 1):
+            if digest is not None:
+                digest.update(line)
             try:
                 text = json.loads(line.decode())["text"]
                 if not isinstance(text, str):
                     raise TypeError("text is no string")
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 raise UserError(
-                    f"{path} line {number} is damaged ({type(e).__name__}: {e}). Run `prepare-data` again."
+                    f"{path} line {number} is damaged ({type(e).__name__}: {e}). Run `prepare-data` again "
+                    "(`dvc repro -f -s prepare-data`)."
                 ) from None
             yield text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -68,6 +69,18 @@ class Problems:
             return self.found[0]
         lines = [str(error).replace("\n", "\n    ") for error in self.found]
         return type(self.found[0])(lines, title="this run cannot start")
+
+
+# Disk full, quota, file size limit, read-only, I/O error; EDQUOT does not exist on Windows.
+MEDIA_ERRNOS = {
+    *(errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO),
+    getattr(errno, "EDQUOT", errno.ENOSPC),
+}
+
+
+def is_media(error: OSError) -> bool:
+    """Whether an error is the disk's, or its permissions', and not ours."""
+    return error.errno in MEDIA_ERRNOS or isinstance(error, PermissionError)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
 
     plan, _ = planned(project)
     params = project.params.evaluate
-    held_out = TokenShards.open(project.tokens, "val")
+    held_out = TokenShards.open(project.tokens, "val", verify=True)
     trained = read_json(project.reports / "train.json", made_by="python -m stages.train")
     model, facts = load_model(project.final_model)
     tokenizer = Tokenizer.load(project.final_model / "tokenizer")

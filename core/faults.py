@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,18 @@ from core.errors import UserError, did_you_mean
 
 VARIABLE = "TIGHTFIT_FAULTS"
 
+WRITING = {
+    "begin": "nothing has been written",
+    "header": "the header has been written",
+    "written": "every byte has been written, none is sure to be on the disk",
+    "synced": "every byte is on the disk, under the private name",
+    "renamed": "it has its name; the folder may not be on the disk",
+}
 POINTS = {
-    "checkpoint.begin": "nothing of a checkpoint has been written",
-    "checkpoint.header": "its header has been written",
-    "checkpoint.written": "every byte has been written, none is sure to be on the disk",
-    "checkpoint.synced": "every byte is on the disk, under the private name",
-    "checkpoint.renamed": "it has its name; the folder may not be on the disk",
-    "checkpoint.durable": "it would survive a power cut; older ones are still there",
-    "checkpoint.pruned": "older ones are gone",
+    **{f"checkpoint.{moment}": f"a checkpoint: {meaning}" for moment, meaning in WRITING.items()},
+    "checkpoint.durable": "a checkpoint would survive a power cut; older ones are still there",
+    "checkpoint.pruned": "older checkpoints are gone",
+    **{f"weights.{moment}": f"exported weights: {meaning}" for moment, meaning in WRITING.items()},
     "train.loop": "the first step of this life is about to begin",
     "train.window": "an optimizer step is about to begin",
     "train.micro_batch": "a micro-batch is about to begin",
@@ -48,6 +53,8 @@ KINDS = {
     "readonly": "OSError EROFS, the disk is read-only",
     "oom": "RuntimeError, as torch's allocator raises it",
     "crash": "RuntimeError, a bug",
+    "slow": "it takes 50 ms longer",
+    "shrink": "Linux: from now on the process gets 48 MiB more memory and no more",
     "nan": "what passes becomes NaN",
     "inf": "what passes becomes infinite",
 }
@@ -125,6 +132,19 @@ def strike(kind: str, value: Any = None) -> Any:
         raise OSError(ERRNOS[kind], os.strerror(ERRNOS[kind]))
     elif kind in MESSAGES:
         raise RuntimeError(MESSAGES[kind])
+    elif kind == "slow":
+        time.sleep(0.05)
+    elif kind == "shrink":
+        _limit_memory(48 << 20)
     elif value is not None:
         return value * float(kind)
     return value
+
+
+def _limit_memory(more: int) -> None:
+    import resource
+
+    import psutil
+
+    limit = psutil.Process().memory_info().vms + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

@@ -7,17 +7,21 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
 
+JSON_MAX = 64 << 20
+"""Bytes; what the stages write has some thousand."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with LF line ends to a private file, sync it, and rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = private(path)
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as f:
             f.write(text)
@@ -26,9 +30,15 @@ def write_text(path: Path, text: str) -> None:
         if path.exists():
             path.chmod(0o644)  # Windows replaces no read-only file, and DVC's cache hands out such
         partial.replace(path)
+        fsync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def private(path: Path) -> Path:
+    """Where a file or folder is made before it takes its name. One that a killed process left may be replaced."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,10 +52,12 @@ def read_json(path: Path, made_by: str) -> Any:
     Raises UserError naming the stage `made_by` when the file is missing or is not JSON.
     """
     try:
+        if path.stat().st_size > JSON_MAX:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run `{made_by}` first (or `dvc repro`).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}). Delete it and run `{made_by}` again.") from None
 
 
@@ -55,15 +67,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     The old folder is moved aside before the new one takes its name, and deleted only then.
     """
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    partial, old = private(path), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.replace(path)
     remove_folder(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
         remove_folder(old)
+        fsync_folder(partial)
         if path.exists():
             path.replace(old)
         partial.replace(path)
+        fsync_folder(path.parent)
         remove_folder(old)
     except BaseException:
         remove_folder(partial)
@@ -88,10 +104,15 @@ def copy_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def fsync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("r+b") as f:
-        os.fsync(f.fileno())
+def fsync_folder(path: Path) -> None:
+    """Wait until a folder's names are on the disk, so that a rename survives a power cut. Windows has no such call."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

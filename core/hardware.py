@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from core.errors import PluginError
 from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
 
 TORCH_HELP = "README, 'When torch came without CUDA'"
@@ -143,7 +144,8 @@ def _text(value: str | bytes) -> str:
 def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[HardwareProfile, str]:
     """Return the profile for `hardware.profile: auto`, and why it was chosen.
 
-    A card that no profile matches gets one derived from its own properties.
+    A card that no profile matches gets one derived from its own properties. Raises PluginError where two profiles
+    match equally well: which was loaded first must not decide.
     """
     gpu = facts.gpu
     if gpu is None:
@@ -158,7 +160,14 @@ def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[
     # A name can cover cards of several sizes (RTX 3050 with 4, 6 and 8 GB): take the profile that is no larger.
     fitting = [p for p in matching if p.vram_gib * 0.9 <= vram_gib]
     if fitting:
-        best = max(fitting, key=lambda p: (p.vram_gib, len(p.match)))
+        rank = {p.name: (p.vram_gib, len(p.match)) for p in fitting}
+        best = max(fitting, key=lambda p: rank[p.name])
+        if rivals := sorted(p.name for p in fitting if p is not best and rank[p.name] == rank[best.name]):
+            names = sorted([best.name, *rivals])
+            raise PluginError(
+                f"hardware.profile: auto cannot choose between {' and '.join(names)}, which match {gpu.name} equally "
+                f"well: name one (hardware.profile: {names[0]})"
+            )
         return best, f"{gpu.name} matches {best.match!r}"
     return derive_profile(gpu), f"no profile matches {gpu.name}: derived from its properties"
 

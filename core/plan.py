@@ -6,16 +6,17 @@ not otherwise; it names the source hash of every plugin in use, and of no other.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from core.errors import PluginError, Problems, TightfitError, UserError, did_you_mean
+from core.errors import PluginError, Problems, UserError, did_you_mean
 from core.hardware import choose_profile
 from core.hookspecs import (
     GIB,
@@ -31,7 +32,10 @@ from core.memory.forecast import Forecaster, memory_budget
 from core.memory.ladder import climb, rungs_of
 from core.model_config import ModelConfig
 from core.params import HardwareParams, Params
-from core.plugins import Registry, many
+from core.plugins import Registry
+
+if TYPE_CHECKING:
+    from core.hookspecs import Build
 
 PLAN_FORMAT = 2
 
@@ -45,14 +49,15 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
     other.
     """
     problems = Problems()
-    with problems:
-        if registry.broken():
-            raise PluginError(registry.broken(), title="plugins that do not load")
     profile = model = None
+    sequences = params.hardware.num_processes
     with problems:
+        if registry.broken():  # what they would have declared is not missed besides
+            raise PluginError(registry.broken(), title="plugins that do not load")
         profile, why = _profile(params.hardware, facts, registry)
     with problems:
         model = ModelConfig.resolve(params.model, params.tokenizer.n_vocab)
+        sequences = _sequences(params, model)
     with problems:
         if params.train.max_minutes and params.hardware.num_processes > 1:
             raise UserError(
@@ -60,9 +65,6 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
             )
     if profile is None or model is None:  # nothing else can be looked at
         raise problems.joined()
-    sequences = params.hardware.num_processes
-    with problems:
-        sequences = _sequences(params, model)
     budget, why_budget = memory_budget(profile, facts, params.hardware.memory_gib)
 
     def draft(rungs: Sequence[Strategy] = ()) -> Plan:
@@ -170,7 +172,7 @@ def _choose_strategies(
         if strategy is None:
             problems.append(registry.unknown_strategy(name, key))
             continue
-        why_not = _guarded(strategy, "available", strategy.available, facts=facts, profile=profile)
+        why_not = strategy.available(facts=facts, profile=profile)
         if why_not and optional:
             plan.skipped[name] = why_not
         elif why_not:
@@ -247,8 +249,7 @@ def _clashes(chosen: list[Strategy]) -> list[str]:
         if strategy.slot and strategy.slot in slots:
             other = slots[strategy.slot]
             problems.append(
-                f"{other} and {strategy.name} both set the {strategy.slot}: keep one "
-                f"(hardware.strategies.remove: [{other}] or [{strategy.name}])"
+                f"{other} and {strategy.name} both set the {strategy.slot}: {_keep_one(other, strategy.name)}"
             )
         elif strategy.slot:
             slots[strategy.slot] = strategy.name
@@ -299,6 +300,56 @@ def runtime(plan: Plan) -> pluggy.PluginManager:
     return manager
 
 
+def call(strategy: Strategy, hook: str, /, **given: Any) -> Any:
+    """Call a hook of one strategy with those arguments that it takes; None where it has no such hook."""
+    function: Any = getattr(strategy, hook, None)
+    if not hasattr(function, f"{PROJECT}_impl"):
+        return None
+    return function(**{name: given[name] for name in inspect.signature(function).parameters})
+
+
+def answers(plan: Plan, hook: str, /, **given: Any) -> Iterator[tuple[Strategy, Any]]:
+    """Call a hook strategy by strategy, in plan order, so that each answer has an owner; None is left out."""
+    for strategy in plan.active:
+        answer = call(strategy, hook, **given)
+        if answer is not None:
+            yield strategy, answer
+
+
+def saved_state(plan: Plan, build: Build) -> dict[str, dict[str, Any]]:
+    """{strategy: what a checkpoint shall keep of it}, tensors and plain JSON values by name.
+
+    Raises PluginError for what a checkpoint would not give back as it was.
+    """
+    return {strategy.name: state for strategy, state in answers(plan, "save_state", build=build)}
+
+
+def load_state(plan: Plan, build: Build, states: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Give each active strategy what it saved. Returns the names of those that saved something and are off now."""
+    active = {s.name: s for s in plan.active}
+    for name, state in states.items():
+        if name in active:
+            call(active[name], "load_state", build=build, state=dict(state))
+    return [name for name in states if name not in active]
+
+
+def accelerator_kwargs(plan: Plan) -> dict[str, Any]:
+    """What the strategies ask of accelerate.Accelerator: lists joined, other values agreed on. Raises PluginError."""
+    merged: dict[str, Any] = {}
+    by: dict[str, str] = {}
+    for strategy, asked in answers(plan, "accelerator_kwargs", plan=plan):
+        for key, value in asked.items():
+            if isinstance(value, list) and isinstance(merged.get(key, []), list):
+                merged[key] = [*merged.get(key, []), *value]
+            elif merged.setdefault(key, value) != value:
+                raise PluginError(
+                    f"{by[key]} and {strategy.name} disagree on accelerate's {key}: {merged[key]!r} and {value!r}; "
+                    f"{_keep_one(by[key], strategy.name)}"
+                )
+            by.setdefault(key, strategy.name)
+    return merged
+
+
 def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
     """Core's own values first, then the strategies' changes, environment and checks."""
     core = "core"
@@ -315,18 +366,16 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
     plan.set("pin_memory", False, reason="loader is off", by=core)
     plan.set("persistent_workers", False, reason="loader is off", by=core)
 
-    _call(plan, "adjust_plan", facts)
-    for strategy, variables in _call(plan, "configure_env", facts):
-        for variable, choice in variables.items():
-            if not (
-                isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(c, str) for c in choice)
-            ):
-                raise PluginError(
-                    f"strategy {strategy.name!r}: configure_env() must return {{variable: (value, reason)}}, "
-                    f"two strings; {variable} is {choice!r}"
-                )
-            _set_env(plan, facts, variable, *choice, by=strategy.name)
-    problems = [problem for _, answer in _call(plan, "check_plan", facts) for problem in many(answer)]
+    problems = _adjust(plan, facts)
+    for strategy, variables in list(answers(plan, "configure_env", plan=plan, facts=facts)):
+        for variable, (value, reason) in variables.items():
+            _set_env(plan, facts, variable, value, reason, by=strategy.name)
+    problems += [p for _, found in answers(plan, "check_plan", plan=plan, facts=facts) for p in found]
+    keep, workers = plan.values["persistent_workers"], plan.values["num_workers"]
+    if keep.value and not workers.value:
+        problems.append(
+            f"{keep.by} sets persistent_workers, but {workers.by} sets num_workers to 0: there are none to keep"
+        )
     if plan["micro_batch"] * plan["gradient_accumulation_steps"] != per_process:
         problems.append(
             f"train.micro_batch: {plan['micro_batch']} x {plan['gradient_accumulation_steps']} accumulation steps make "
@@ -341,32 +390,46 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
         raise PluginError(problems, title="the plan does not work" if len(problems) > 1 else "")
 
 
-def _call(plan: Plan, hook: str, facts: Facts) -> list[tuple[Strategy, Any]]:
-    """Call one planning hook strategy by strategy, so that an answer and an error have an owner."""
-    answers = []
+def _adjust(plan: Plan, facts: Facts) -> list[str]:
+    """Let the strategies decide values. Returns as problems where two of equal rank want different ones.
+
+    One of a later phase, or one that names the other in `after`, decides again; the reason says so.
+    """
+    problems: list[str] = []
+    deciders: dict[str, Strategy] = {}
     for strategy in plan.active:
-        function: Callable[..., Any] | None = getattr(strategy, hook, None)
-        marker = getattr(function, f"{PROJECT}_impl", None)
-        if function is None or marker is None:
-            continue
-        given = {"plan": plan, "facts": facts}
-        names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-        answer = _guarded(strategy, hook, function, **{name: given[name] for name in names})
-        if answer is not None:
-            answers.append((strategy, answer))
-    return answers
+        before = dict(plan.values)
+        call(strategy, "adjust_plan", plan=plan, facts=facts)
+        for key, choice in plan.values.items():
+            old, other = before[key], deciders.get(key)
+            if choice is old:
+                continue
+            deciders[key] = strategy
+            if other is None or choice.value == old.value:
+                continue
+            if other.phase == strategy.phase and not _follows(strategy, other, plan.active):
+                problems.append(
+                    f"{other.name} sets {key} to {old.value!r}, {strategy.name} to {choice.value!r}, both in the phase "
+                    f"{strategy.phase.name}: {_keep_one(other.name, strategy.name)}, or let one name the other in "
+                    "`after`"
+                )
+            plan.values[key] = replace(
+                choice, reason=f"{choice.reason}; instead of {old.value!r} [{other.name}]"
+            )
+    return problems
 
 
-def _guarded(strategy: Strategy, what: str, function: Callable[..., Any], **given: Any) -> Any:
-    """Call a plugin's code; an error of its own becomes one that names the plugin."""
-    try:
-        return function(**given)
-    except TightfitError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"strategy {strategy.name!r}: {what}() failed: {type(error).__name__}: {error}"
-        ) from error
+def _follows(strategy: Strategy, other: Strategy, active: Sequence[Strategy]) -> bool:
+    """Whether `after` says, maybe through others, that a strategy comes after the other."""
+    return any(
+        s is other or _follows(s, other, active)
+        for s in active
+        if s is not strategy and s.name in strategy.after
+    )
+
+
+def _keep_one(one: str, other: str) -> str:
+    return f"keep one (hardware.strategies.remove: [{one}] or [{other}])"
 
 
 def _set_env(plan: Plan, facts: Facts, variable: str, value: str, reason: str, by: str) -> None:
@@ -378,7 +441,7 @@ def _set_env(plan: Plan, facts: Facts, variable: str, value: str, reason: str, b
     known = plan.env.get(variable)
     if known and known.value != value:
         raise PluginError(
-            f"{known.by} wants {variable}={known.value}, {by} wants {value}: remove one of them"
+            f"{known.by} wants {variable}={known.value}, {by} wants {value}: {_keep_one(known.by, by)}"
         )
     plan.env[variable] = Choice(value, reason, by)
 

@@ -23,7 +23,8 @@ from core.errors import PluginError, TightfitError, UserError, did_you_mean
 from core.hardware import OPTIONAL_MODULES, choose_profile, read_facts
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Plan, Strategy
 from core.params import HardwareParams, Params, StrategyChoice
-from core.plan import resolve, runtime
+from core.plan import load_state, resolve, runtime, saved_state
+from core.plugin_guard import HookError
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
 from core.project import Project
 
@@ -315,6 +316,8 @@ def _plan_memory(result: Check, plan: Plan, without: Plan) -> None:
     with result.step("its memory can be planned") as step:
         try:
             peaks = [simulate(p, params).peak(p["micro_batch"], False).bytes for p in (plan, without)]
+        except TightfitError:
+            raise
         except Exception as error:
             raise PluginError(
                 f"the step does not run on tensors without data ({type(error).__name__}: "
@@ -403,24 +406,13 @@ def _run_steps(project: Project, build: Build, losses: list[float]) -> None:
         metrics = {"step": step, "tokens": step * params.batch_tokens, "loss": losses[-1], "lr": lr}
         metrics |= {"grad_norm": norm.item(), "tokens_per_second": 1.0}
         hook.on_step_end(build=build, step=step, metrics=metrics)
-        _can_be_logged(metrics, "on_step_end")
+        if step == STEPS // 2:  # as a run that is resumed
+            load_state(plan, build, saved_state(plan, build))
     build.model.eval()
     with torch.inference_mode():
         value = build.model(x, y).item() / y.numel()
     metrics = {"step": STEPS, "val_loss": value, "val_bits_per_byte": value / math.log(2)}
     hook.on_evaluate_end(build=build, step=STEPS, metrics=metrics)
-    _can_be_logged(metrics, "on_evaluate_end")
-
-
-def _can_be_logged(metrics: dict[str, Any], hook: str) -> None:
-    for key, value in metrics.items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            raise PluginError(
-                f"{hook}() put a {type(value).__name__} into metrics[{key!r}], which the log cannot hold; "
-                "add a number, such as value.item()"
-            ) from None
 
 
 def _judge(losses: list[float], owners: list[str]) -> list[str]:
@@ -459,6 +451,8 @@ def _compare(subject: Strategy | None, losses: list[float], baseline: list[float
 
 def blame(error: BaseException, registry: Registry, owners: list[Plugin]) -> str:
     """`file:line: hook(): what`, at the deepest line of a plugin; without one, the plugin that is being checked."""
+    if isinstance(error, HookError):  # it says all that
+        return str(error)
     cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ else error
     files = {Path(plugin.file).resolve(): plugin for plugin in registry.plugins if plugin.file}
     frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename.endswith(".py")]
@@ -471,6 +465,6 @@ def blame(error: BaseException, registry: Registry, owners: list[Plugin]) -> str
     if isinstance(error, TightfitError):
         return f"{who}: {said}"
     if isinstance(error, AssertionError) and "optimizer groups" in said:
-        return f"{who}: {error}; make_optimizer() must hold every parameter exactly once"
+        return f"{who}: {error}; the optimizer must hold every parameter exactly once, as finalize_model() left them"
     where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{who}: {said}{where}"

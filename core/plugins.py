@@ -14,17 +14,20 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from core.errors import PluginError, did_you_mean
+from core.errors import PluginError, TightfitError, did_you_mean
 from core.hookspecs import (
     API_VERSION,
     PROJECT,
@@ -34,9 +37,12 @@ from core.hookspecs import (
     RuntimeSpecs,
     Strategy,
 )
+from core.plugin_guard import guard, line_of, short
 from core.project import Project
 
 DISABLE_VARIABLE = "TIGHTFIT_DISABLE_PLUGINS"
+PATIENCE = 10.0
+"""Seconds that a plugin may take to load before the user is told which one it is."""
 
 
 def hook_signatures(specs: type) -> dict[str, list[str]]:
@@ -100,13 +106,14 @@ class Registry:
         self._add(name, lambda: _import_file(path, name))
 
     def _add_entry_points(self) -> None:
-        seen = set()  # a distribution is listed once per sys.path entry that has it
+        found: dict[str, importlib.metadata.Distribution] = {}
         for distribution in importlib.metadata.distributions():
             package = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-            for entry in distribution.entry_points if package not in seen else ():
+            found.setdefault(package, distribution)  # it is listed once per sys.path entry that has it
+        for package, distribution in sorted(found.items()):  # whatever order the disk lists them in
+            for entry in sorted(distribution.entry_points):
                 if entry.group == PROJECT:
                     self._add(f"{package}/{entry.name}", entry.load, distribution.version)
-            seen.add(package)
 
     def _add(self, name: str, load: Callable[[], Any], version: str = "") -> None:
         plugin = Plugin(name, version)
@@ -116,25 +123,30 @@ class Registry:
             return
         torch_before = "torch" in sys.modules
         try:
-            module = load()
+            with _patience(name):
+                module = load()
+                plugin.sha256 = _source_sha256(module)
+                plugin.file, plugin.doc = inspect.getfile(module), inspect.getdoc(module) or ""
+                profiles, strategies = _declared(module, name)
             if "torch" in sys.modules and not torch_before:
                 raise PluginError(
                     f"{name}: imports torch when it is loaded. Import it inside the hook: settings such as the "
                     "allocator's must be in the environment before torch is."
                 )
-            plugin.sha256 = _source_sha256(module)
-            plugin.file, plugin.doc = inspect.getfile(module), inspect.getdoc(module) or ""
-            profiles, strategies = _declared(module, name)
-            self._claim("hardware profile", profiles, self.profiles, plugin)
-            self._claim("strategy", strategies, self.strategies, plugin)
+            self._require_free("hardware profile", profiles, self.profiles, plugin)
+            self._require_free("strategy", strategies, self.strategies, plugin)
+            self._enter("hardware profile", profiles, self.profiles, plugin)
+            self._enter("strategy", strategies, self.strategies, plugin)
             plugin.profiles = [p.name for p in profiles]
             plugin.strategies = [s.name for s in strategies]
             plugin.hooks = implemented(module, DISCOVERY_HOOKS)
             plugin.runtime_hooks = {s.name: implemented(s, RUNTIME_HOOKS) for s in strategies}
+            for s in strategies:
+                guard(s, ["available", *plugin.runtime_hooks[s.name]], name, plugin.file)
         except (Exception, SystemExit) as error:  # whatever a plugin does, the others still load
             plugin.error = str(error) if isinstance(error, PluginError) else _where_it_failed(error, name)
 
-    def _claim(self, kind: str, found: list[Any], known: dict[str, Any], plugin: Plugin) -> None:
+    def _require_free(self, kind: str, found: list[Any], known: dict[str, Any], plugin: Plugin) -> None:
         names = [thing.name for thing in found]
         for name in names:
             if names.count(name) > 1:
@@ -145,8 +157,10 @@ class Registry:
                     f"{plugin.name}: {kind} {name!r} is already defined by {other}. Rename it, or switch the other "
                     f"off with the environment variable {DISABLE_VARIABLE}={other}"
                 )
+
+    def _enter(self, kind: str, found: list[Any], known: dict[str, Any], plugin: Plugin) -> None:
         known.update({thing.name: thing for thing in found})
-        self._owner.update({(kind, name): plugin for name in names})
+        self._owner.update({(kind, thing.name): plugin for thing in found})
 
     def profile(self, name: str) -> HardwareProfile:
         """Look up a hardware profile. Raises PluginError with the nearest name."""
@@ -178,6 +192,27 @@ class Registry:
 def implemented(thing: Any, hooks: Iterable[str]) -> list[str]:
     """Which of the hooks a module or a strategy has, in their own order."""
     return [hook for hook in hooks if hasattr(getattr(thing, hook, None), f"{PROJECT}_impl")]
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Tell the user which plugin hangs. It is not ended: nothing can end a part of its own process safely."""
+
+    def tell() -> None:
+        print(
+            f"{name} has been loading for {PATIENCE:g} s. Ctrl-C ends the wait; {DISABLE_VARIABLE}={name} switches it "
+            "off. Whatever takes so long belongs into a hook.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _import_file(path: Path, name: str) -> ModuleType:
@@ -215,9 +250,19 @@ def _declared(module: Any, name: str) -> tuple[list[HardwareProfile], list[Strat
         raise PluginError(
             f"{name}: no @hookimpl function found. A plugin declares hardware_profiles() or strategies()."
         )
-    profiles = [_profile(p, name) for p in many(getattr(module, "hardware_profiles", lambda: None)())]
-    strategies = [_strategy(s, name) for s in many(getattr(module, "strategies", lambda: None)())]
+    profiles = [_profile(p, name) for p in _ask(module, "hardware_profiles", name)]
+    strategies = [_strategy(s, name) for s in _ask(module, "strategies", name)]
     return profiles, strategies
+
+
+def _ask(module: Any, hook: str, name: str) -> list[Any]:
+    """What a discovery hook of the module declares."""
+    try:
+        return many(getattr(module, hook)()) if hasattr(module, hook) else []
+    except TightfitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(_where_it_failed(error, name, f"{hook}() failed: ")) from error
 
 
 def _check_hooks(thing: Any, label: str, hooks: Mapping[str, list[str]], elsewhere: str) -> list[str]:
@@ -233,12 +278,18 @@ def _check_hooks(thing: Any, label: str, hooks: Mapping[str, list[str]], elsewhe
         if marker is None:
             if attribute in hooks and _defined_by_plugin(thing, attribute):
                 raise PluginError(
-                    f"{_line_of(function)}: {label}: {attribute}() lacks @hookimpl, so it would never be called."
+                    f"{line_of(function)}: {label}: {attribute}() lacks @hookimpl, so it would never be called."
                 )
             continue
         if marker.get("specname"):
             raise PluginError(
-                f"{_line_of(function)}: {label}: name the method {marker['specname']}() instead of using specname."
+                f"{line_of(function)}: {label}: name the method {marker['specname']}() instead of using specname."
+            )
+        changed = [key for key in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marker.get(key)]
+        if changed:
+            raise PluginError(
+                f"{line_of(function)}: {label}: {attribute}() asks for {changed[0]}; a strategy's phase and `after` "
+                "decide the order, write @hookimpl alone."
             )
         hook = attribute
         if hook not in known and marker.get("optionalhook"):
@@ -246,20 +297,20 @@ def _check_hooks(thing: Any, label: str, hooks: Mapping[str, list[str]], elsewhe
         if hook not in known:
             near = did_you_mean(hook, hooks)
             raise PluginError(
-                f"{_line_of(function)}: {label}: no hook {hook!r}.{near} Hooks: {', '.join(sorted(hooks))}"
+                f"{line_of(function)}: {label}: no hook {hook!r}.{near} Hooks: {', '.join(sorted(hooks))}"
             )
         if hook not in hooks:
-            raise PluginError(f"{_line_of(function)}: {label}: the hook {hook!r} {elsewhere}.")
+            raise PluginError(f"{line_of(function)}: {label}: the hook {hook!r} {elsewhere}.")
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name not in hooks[hook]:
                 near = did_you_mean(parameter.name, hooks[hook])
                 raise PluginError(
-                    f"{_line_of(function)}: {label}: hook {hook!r} has no argument {parameter.name!r}.{near} "
+                    f"{line_of(function)}: {label}: hook {hook!r} has no argument {parameter.name!r}.{near} "
                     f"It may take: {', '.join(hooks[hook]) or 'nothing'}"
                 )
             if parameter.default is not parameter.empty:
                 raise PluginError(
-                    f"{_line_of(function)}: {label}: argument {parameter.name!r} of hook {hook!r} has a default value; "
+                    f"{line_of(function)}: {label}: argument {parameter.name!r} of hook {hook!r} has a default value; "
                     f"remove '={parameter.default!r}', hooks are called with every argument they name."
                 )
         found.append(hook)
@@ -288,12 +339,13 @@ def _profile(value: Any, name: str) -> HardwareProfile:
     problems = _wrong_types(value) or _wrong_values(value)
     if problems:
         raise PluginError(f"{name}: hardware profile {value.name!r}: " + "; ".join(problems))
-    return value
+    options = {strategy: dict(given) for strategy, given in value.options.items()}
+    return replace(value, tflops=dict(value.tflops), options=options)  # ours: nobody else holds these dicts
 
 
 def _wrong_types(p: HardwareProfile) -> list[str]:
     def number(x: Any) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool)
+        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
 
     capability, problems = p.compute_capability, []
     for key in ("name", "device", "match", "source"):
@@ -301,7 +353,7 @@ def _wrong_types(p: HardwareProfile) -> list[str]:
             problems.append(f"{key} {getattr(p, key)!r} must be a string")
     for key in ("vram_gib", "bandwidth_gbs", "vram_budget"):
         if not number(getattr(p, key)):
-            problems.append(f"{key} {getattr(p, key)!r} must be a number")
+            problems.append(f"{key} {getattr(p, key)!r} must be a number, 0 or more")
     if not (
         isinstance(capability, tuple) and len(capability) == 2 and all(isinstance(n, int) for n in capability)
     ):
@@ -363,14 +415,23 @@ def _strategy(value: Any, name: str) -> Strategy:
             problems.append(f"{key} {getattr(value, key)!r} must be a dict")
     if not isinstance(value.slot, str):
         problems.append(f"slot {value.slot!r} must be a string")
+    if type(value.rung) is not int or value.rung < 0:
+        problems.append(f"rung {value.rung!r} must be a whole number, 0 or more")
+    if not isinstance(value.mid_run, bool):
+        problems.append(f"mid_run {value.mid_run!r} must be True or False")
     if problems:
         raise PluginError(f"{name}: strategy {value.name!r}: " + "; ".join(problems))
-    _check_hooks(
+    hooks = _check_hooks(
         value,
         f"strategy {value.name!r}",
         RUNTIME_HOOKS,
         "belongs at the top of the module, not on a Strategy",
     )
+    for has, lacks in (("save_state", "load_state"), ("load_state", "save_state")):
+        if has in hooks and lacks not in hooks:
+            raise PluginError(
+                f"{line_of(getattr(value, has))}: strategy {value.name!r}: {has}() is of no use without {lacks}()."
+            )
     return value
 
 
@@ -381,24 +442,12 @@ def many(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) or inspect.isgenerator(value) else [value]
 
 
-def _line_of(function: Any) -> str:
-    code = inspect.unwrap(function).__code__
-    return f"{_short(code.co_filename)}:{code.co_firstlineno}"
-
-
-def _where_it_failed(error: BaseException, name: str) -> str:
+def _where_it_failed(error: BaseException, name: str, what: str = "") -> str:
     """`file:line: what`, where the line is the deepest one outside the import machinery."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{_short(error.filename)}:{error.lineno}: SyntaxError: {error.msg}"
+        return f"{short(error.filename)}:{error.lineno}: SyntaxError: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]
     frames = [f for f in frames if Path(f.filename) != Path(__file__)]
-    where = f"{_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else name
+    where = f"{short(frames[-1].filename)}:{frames[-1].lineno}" if frames else name
     who = "" if where.startswith(name) else f" {name}:"
-    return f"{where}:{who} {type(error).__name__}: {error}"
-
-
-def _short(filename: str) -> str:
-    try:
-        return Path(filename).relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return filename
+    return f"{where}:{who} {what}{type(error).__name__}: {error}"

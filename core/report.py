@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from core.errors import UserError
 from core.files import read_json, write_text
 from core.project import Project
 
@@ -43,12 +44,16 @@ def write_report(
 
 
 def read_table(path: Path) -> dict[str, list[float]]:
-    """A TSV of numbers as columns."""
+    """A TSV of numbers as columns. Raises UserError where it is missing or damaged."""
     columns: dict[str, list[float]] = defaultdict(list)
-    with path.open(encoding="utf-8", newline="") as f:
-        for row in csv.DictReader(f, delimiter="\t"):
-            for name, value in row.items():
-                columns[name].append(float(value))
+    try:
+        with path.open(encoding="utf-8", newline="") as f:
+            for row in csv.DictReader(f, delimiter="\t"):
+                for name, value in row.items():
+                    columns[name].append(float(value))
+    except (OSError, ValueError, TypeError, csv.Error) as e:
+        why = "is missing" if isinstance(e, FileNotFoundError) else f"is damaged ({e})"
+        raise UserError(f"{path} {why}. Run `python -m stages.train` again (or `dvc repro`).") from None
     return columns
 
 

@@ -10,33 +10,55 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
+import os
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint import Damaged, verified_header, write_tensors
 from core.errors import Stopped, UserError
-from core.files import copy_folder, fsync_file, new_folder, read_json, write_json
+from core.files import copy_folder, new_folder, read_json, remove_folder, write_json
 from core.model_config import ModelConfig
 from core.plan import recipe_strategies
 from core.project import Project
 
 # What computes the numbers of a run.
-NUMERICS = ("batches.py", "loss.py", "measure.py", "model.py", "optim.py", "optim8bit.py", "trainer.py")
+NUMERICS = (
+    "batches.py",
+    "loss.py",
+    "measure.py",
+    "model.py",
+    "numbers.py",
+    "optim.py",
+    "optim8bit.py",
+    "trainer.py",
+)
+
+# Set for the processes we start, which must not start others: the file that takes their exit code.
+LAUNCHED = "TIGHTFIT_LAUNCHED"
 
 
-def fingerprint(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> str:
-    """Twelve hex digits that name a run. plan: the plan document; tokens: the token manifest."""
+def identity(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a run. plan: the plan document; tokens: the token manifest."""
     train = project.params.train.model_dump(exclude={"micro_batch", "log_interval", "checkpoint_minutes"})
-    identity = {
+    known = {
         "recipe": plan["recipe"],
-        "strategies": [{k: s[k] for k in ("name", "options", "sha256")} for s in recipe_strategies(plan)],
+        "strategies": {s["name"]: {k: s[k] for k in ("options", "sha256")} for s in recipe_strategies(plan)},
         "train": train,
         "seed": project.params.seed,
         "tokens": {k: tokens[k] for k in ("tokenizer_sha256", "train", "val")},
         "code": code_sha256(),
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()[:12]
+    return json.loads(json.dumps(known))  # as it comes back from a file
+
+
+def fingerprint(known: Mapping[str, Any]) -> str:
+    """Twelve hex digits that name a run: of its `identity`."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode("utf-8")).hexdigest()[:12]
 
 
 def code_sha256(names: tuple[str, ...] = NUMERICS) -> str:
@@ -58,23 +80,53 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder: log.jsonl, and the weights as folders `best` and `last`."""
+    """A run's folder: checkpoints, log.jsonl, and the weights as folders `best` and `last`."""
 
     folder: Path
+    identity: Mapping[str, Any]
 
-    @classmethod
     @contextlib.contextmanager
-    def open(cls, project: Project, name: str) -> Iterator[Run]:
-        """Hold the run's lock. Raises Stopped where another process trains it."""
+    def held(self) -> Iterator[None]:
+        """Hold the run's lock, which dies with this process. Raises Stopped, naming its holder, where it is taken."""
         from filelock import FileLock, Timeout
 
-        folder = project.runs / name
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        holder = self.folder / "holder.json"
         try:
-            with FileLock(folder / "lock", timeout=0):
-                yield cls(folder)
+            with FileLock(self.folder / "lock", timeout=0):
+                write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+                yield
         except Timeout:
-            raise Stopped(f"{folder} is being trained by another process; wait for it or stop it") from None
+            who = read_json(holder, made_by="") if holder.exists() else {}
+            raise Stopped(
+                f"{self.folder} is being trained by process {who.get('pid', '?')} on {who.get('host', '?')}; wait for "
+                "it, or stop it"
+            ) from None
+
+    def is_held(self) -> bool:
+        """Whether a process trains it now."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self.folder / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def clean(self) -> None:
+        """Remove what killed lives left half-written. Under the lock only."""
+        for partial in self.folder.glob(".*.partial"):
+            remove_folder(partial) if partial.is_dir() else partial.unlink()
+
+    def forget(self) -> None:
+        """Remove what it has made so far. Under the lock only."""
+        for path in self.folder.iterdir():
+            if path.name not in ("lock", "holder.json"):
+                remove_folder(path) if path.is_dir() else path.unlink()
+
+    def free(self) -> int:
+        """Bytes that are free on its disk."""
+        return shutil.disk_usage(self.folder).free
 
     @property
     def log(self) -> Path:
@@ -84,21 +136,26 @@ class Run:
         """The folder of the "best" or the "last" weights."""
         return self.folder / which
 
+    def step_of(self, which: str) -> int | None:
+        """The step of the "best" or the "last" weights; None where they are missing or damaged."""
+        try:
+            verified_header(self.weights(which) / "model.safetensors")
+            step = json.loads((self.weights(which) / "config.json").read_text(encoding="utf-8"))["step"]
+        except (OSError, Damaged, ValueError, KeyError, TypeError):
+            return None
+        return step if isinstance(step, int) else None
+
 
 def save_model(folder: Path, network: Any, tokenizer: Path, facts: Mapping[str, Any]) -> None:
     """Write model.safetensors, config.json and the tokenizer to a folder, which appears whole or not at all.
 
     A tied output head is left out: it is the embedding. facts: what config.json shall say besides the sizes.
     """
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = dict(network.state_dict())
     if network.config.tie_embeddings:
         state.pop("lm_head.weight")
     with new_folder(folder) as new:
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "model.safetensors").chmod(0o644)  # safetensors gives 0600, which a shared cache cannot read
-        fsync_file(new / "model.safetensors")
+        write_tensors(new / "model.safetensors", state, {"format": "pt"}, "weights")
         write_json(new / "config.json", {"format": 1, "model": network.config.to_dict(), **facts})
         copy_folder(tokenizer, new / "tokenizer")
 
@@ -117,12 +174,16 @@ def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
     again = "train again, or point to another folder"
     try:
         config = ModelConfig(**facts["model"])
+        header = verified_header(folder / "model.safetensors")
+        there = sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        if there != config.n_params:
+            raise Damaged(f"its config.json means {config.n_params:,} parameters, its weights are {there:,}")
         model = ARCHITECTURES[config.architecture](config)
         state = load_file(folder / "model.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder / 'model.safetensors'} is missing; {again}") from None
-    except (SafetensorError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}: damaged model ({type(e).__name__}: {e}); {again}") from None
+    except (Damaged, SafetensorError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}: damaged model ({e or type(e).__name__}); {again}") from None
     if config.tie_embeddings and "lm_head.weight" not in state:
         embedding = (
             "model.embed_tokens.weight" if config.architecture == "qwen3" else "transformer.wte.weight"

@@ -40,6 +40,9 @@ SUFFIXES = {
 
 PIECE = 1 << 18
 """Bytes read at a time."""
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
+CONTROLS_MIN, CONTROLS_SHARE = 16, 1 / 8
+"""A file whose first piece holds more of them is no text: UTF-16 without its mark has one for each letter."""
 BLOCK_MIN, BLOCK_CUT, BLOCK_MAX = 2 << 10, 4 << 10, 16 << 10
 """Block of paragraphs [characters]: shortest, longest where no blank line is in reach, longest."""
 DOCUMENT_MAX = 16 << 20
@@ -231,8 +234,8 @@ def _decoded(path: Path, errors: str, counts: Counter[str]) -> Iterator[str]:
     with _open(path) as f:
         while True:
             raw = f.read(PIECE)
-            if offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"data.path: {path} is UTF-16, not UTF-8. Save it as UTF-8.")
+            if offset == 0:
+                _check_is_text(path, raw)
             start = offset - len(decoder.getstate()[0])  # bytes of a character cut in two wait in the decoder
             try:
                 text = decoder.decode(raw, final=not raw)
@@ -249,6 +252,19 @@ def _decoded(path: Path, errors: str, counts: Counter[str]) -> Iterator[str]:
             yield newlines.decode(text, final=not raw)
             if not raw:
                 return
+
+
+def _check_is_text(path: Path, raw: bytes) -> None:
+    """Raise UserError where a file that begins so is none, though each byte may be valid UTF-8."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"data.path: {path} is UTF-16 or UTF-32, not UTF-8. Save it as UTF-8.")
+    controls = len(raw) - len(raw.translate(None, CONTROLS))
+    if controls > max(CONTROLS_MIN, len(raw) * CONTROLS_SHARE):
+        first = next(i for i, byte in enumerate(raw) if byte in CONTROLS)
+        raise UserError(
+            f"data.path: {path} is no text: {controls:,} of its first {len(raw):,} bytes are control characters, the "
+            f"first is 0x{raw[first]:02x} at offset {first}. Save UTF-16 as UTF-8, and take binary files out."
+        )
 
 
 def _split(pieces: Iterable[str], pattern: str | None, counts: Counter[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ window on. Gradients of a step that failed halfway are dropped, never added to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from core.errors import UserError, is_out_of_memory
 from core.hookspecs import GIB, Build, Plan
 from core.measure import free_cached, smaller
 from core.monitor import peak_memory
+from core.plan import call
+from core.snapshot import RandomState
 
 
 @dataclass
@@ -22,16 +24,27 @@ class Survivor:
 
     build: Build
     step_function: Callable[[list[tuple[Any, Any]]], Any]
-    """One optimizer step over a window of micro-batches."""
+    """One optimizer step over a window of micro-batches; moves the cursor."""
+    cursor: Any
+    """core.keeper.Cursor."""
     micro_batch: int
     after: Callable[[], None] = lambda: None
     """Called when something was given up."""
     happened: list[dict[str, Any]] = field(default_factory=list)
     """What was given up, for the log: step, micro_batch, strategy, error."""
+    climbed: list[str] = field(default_factory=list)
+    """Strategies that were switched on."""
 
-    def step(self, window: list[tuple[Any, Any]], number: int) -> Any:
-        """Do optimizer step `number` over `window`, pairs of [B, T]. Raises UserError where nothing more can give."""
-        random = random_state(self.build.accelerator.device)
+    def __post_init__(self) -> None:
+        self.planned = self.micro_batch
+        self.loads = self.build.plan["gradient_accumulation_steps"]  # of the planned size, whatever is used
+
+    def step(self, window: list[tuple[Any, Any]]) -> Any:
+        """Do the cursor's next step over `window`, pairs of [B, T]. Raises UserError where nothing more can give."""
+        device, number = self.build.accelerator.device, self.cursor.step + 1
+        if not self.cursor.micro_batches:
+            self.cursor.random = RandomState.now(device)
+        random = self.cursor.random
         while True:
             try:
                 return self.step_function(cut(window, self.micro_batch))
@@ -58,6 +71,24 @@ class Survivor:
         accelerator.step = 0  # accelerate counts micro-batches, and updates at every multiple of the steps
         self.micro_batch = micro_batch
 
+    def state(self) -> dict[str, Any]:
+        """Plain values that `load` takes back."""
+        return {"micro_batch": self.micro_batch, "climbed": self.climbed, "happened": self.happened}
+
+    def load(self, state: Mapping[str, Any], same: bool) -> None:
+        """Go on with what an earlier life had come down to; not where another micro-batch is planned now."""
+        self.happened = list(state["happened"])
+        for name in state["climbed"] if same else ():
+            if rung := next((s for s in self.build.plan.rungs_left if s.name == name), None):
+                self._switch_on(rung)
+        if same and state["micro_batch"] != self.micro_batch:
+            self.use(state["micro_batch"], "out of memory in an earlier life of this run")
+
+    def _switch_on(self, rung: Any) -> None:
+        self.build.plan.rungs_left.remove(rung)
+        self.climbed.append(rung.name)
+        call(rung, "prepare_model", build=self.build)
+
     def _refuse(self, number: int, reason: str) -> None:
         """Raise where doing the window again would not give the same run."""
         if self.build.updating:
@@ -74,11 +105,12 @@ class Survivor:
     def _back_to_start(self, random: Any) -> None:
         accelerator = self.build.accelerator
         self.build.model.zero_grad(set_to_none=True)
+        self.cursor.micro_batches, self.cursor.loss = 0, None
         accelerator.step = 0
         if accelerator.scaler is not None:  # it remembers that it has unscaled these gradients
             accelerator.scaler._per_optimizer_states.clear()
         free_cached(accelerator.device)
-        restore_random_state(random, accelerator.device)
+        random.restore(accelerator.device)
 
     def _climb(self, number: int, reason: str) -> str:
         """Switch on the next rung of the memory ladder that a running model takes; say what it is."""
@@ -91,8 +123,7 @@ class Survivor:
                 f"out of memory at step {number} with a micro-batch of 1 ({reason}): {predicted}{peak:.2f} GiB were in "
                 f"use at most, of {plan.memory_budget / GIB:.2f} that are the plan's; {remedy(plan)}"
             )
-        plan.rungs_left.remove(rung)
-        rung.prepare_model(build=self.build)
+        self._switch_on(rung)
         return f"the strategy {rung.name}"
 
     def _note(self, number: int, reason: str, change: str) -> None:
@@ -115,21 +146,3 @@ def cut(window: list[tuple[Any, Any]], micro_batch: int) -> list[tuple[Any, Any]
     if window[0][0].shape[0] == micro_batch:
         return window
     return [pair for x, y in window for pair in zip(x.split(micro_batch), y.split(micro_batch), strict=True)]
-
-
-def random_state(device: Any) -> list[Any]:
-    """torch's random state on the CPU, and on the card in use."""
-    import torch
-
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def restore_random_state(states: list[Any], device: Any) -> None:
-    import torch
-
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -11,6 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BOS = "<|bos|>"
+MAX_BYTES = {"tokenizer.json": 1 << 16, "vocab.tiktoken": 1 << 26}
+"""Larger files are refused unread: 2^20 ids, the most that params.yaml takes, have room for 64 bytes a line."""
+MAX_LINE = 1 << 10
+"""Characters: no token is longer than core.bpe.LONGEST."""
+CHUNK = 1 << 18
+"""Characters that are encoded at once."""
+REACH = 1 << 14
 Ranks = dict[bytes, int]
 
 # The one file that GPT-2's ranks follow from, with the address and sha256 that tiktoken pins (tiktoken 0.14,
@@ -34,6 +43,9 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voca
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_BOS = "<|endoftext|>"
+
+KINDS = {"bpe": (SPLIT, BOS), "byte": (SPLIT, BOS), "gpt2": (GPT2_SPLIT, GPT2_BOS)}
+"""Of each kind, the pattern that cuts a text and the special token."""
 
 
 class Tokenizer:
@@ -67,18 +79,22 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, [n] uint32, without `bos`. The name of `bos` in a text is plain text.
 
-        Lone surrogates, which no UTF-8 file holds, become U+FFFD. Lets other threads run meanwhile.
+        Lone surrogates, which no UTF-8 file holds, become U+FFFD. A text of over CHUNK characters is encoded in chunks,
+        which end where any text is cut: the ids are those of the whole. Only a run of more than REACH letters, blanks
+        or marks is cut inside: whole, tiktoken takes many times its size in memory. Lets other threads run meanwhile.
         """
+        import numpy as np
+
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+            parts = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in chunks(text)]
         except UnicodeEncodeError:
-            valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encoding.encode_to_numpy(valid, disallowed_special=())
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError as e:  # GPT-2's pattern looks ahead, so its engine needs a stack
             raise UserError(
                 f"tokenizer.kind: {self.kind} cannot cut a document of {len(text):,} characters ({e}). It holds a "
                 "very long run of blanks: shorten the run, or set tokenizer.kind: bpe"
             ) from None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of ids; `bos` gives its name. KeyError for an id outside 0 … n_vocab-1."""
@@ -125,13 +141,25 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read what `save` wrote. UserError when a file is missing, damaged or of another format."""
-        meta = read_json(folder / "tokenizer.json", made_by="tokenize")
+        for name, most in MAX_BYTES.items():
+            if (folder / name).is_file() and (folder / name).stat().st_size > most:
+                raise _damaged(folder / name, f"it has more than {most:,} bytes")
+        try:
+            meta = read_json(folder / "tokenizer.json", made_by="tokenize")
+        except RecursionError:
+            raise _damaged(folder / "tokenizer.json", "nested too deep") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
-            raise _damaged(folder / "tokenizer.json", f"format {found!r}, this version reads {FORMAT}")
+            raise _damaged(
+                folder / "tokenizer.json", f"format {reprlib.repr(found)}, this version reads {FORMAT}"
+            )
         ranks = _read_ranks(folder / "vocab.tiktoken")
         try:
             (bos_name,) = meta["special_tokens"]
+            if (meta["pattern"], bos_name) != KINDS.get(
+                meta["kind"]
+            ):  # one that matches little would lose text
+                raise ValueError(f"pattern and special token are not those of {reprlib.repr(meta['kind'])}")
             tokenizer = cls(meta["kind"], meta["pattern"], ranks, bos_name)
         except (KeyError, TypeError, ValueError) as e:
             raise _damaged(folder / "tokenizer.json", f"{type(e).__name__}: {e}") from None
@@ -140,33 +168,55 @@ class Tokenizer:
         return tokenizer
 
 
+# A letter or digit before a blank or a mark of ASCII, of General Punctuation or of CJK: both patterns cut there.
+_BOUNDARY = re.compile(r"[^\W_](?=[\s!-/:-@\[-`{-~\u2000-\u206f\u3000-\u3029\uff01-\uff0f])")
+
+
+def chunks(text: str) -> Iterator[str]:
+    """Parts of at most CHUNK characters, which end at a _BOUNDARY; where REACH characters hold none, anywhere."""
+    start = 0
+    while len(text) - start > CHUNK:
+        low, end = start + CHUNK - REACH, start + CHUNK
+        for boundary in _BOUNDARY.finditer(text, low, start + CHUNK):
+            end = boundary.end()
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def _read_ranks(path: Path) -> Ranks:
     """Parse "base64 rank" lines. UserError unless ranks count 0, 1, 2 …, tokens differ and every byte is there."""
+    ranks: Ranks = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as f:
+            for rank, line in enumerate(iter(lambda: f.readline(MAX_LINE), "")):
+                token = _read_rank(path, rank, line.removesuffix("\n"))
+                if not token or token in ranks:
+                    raise _damaged(
+                        path, f"line {rank + 1}: {'a second' if token else 'no'} token {token[:40]!r}"
+                    )
+                ranks[token] = rank
     except FileNotFoundError:
         raise _damaged(path, "the file is missing") from None
     except UnicodeDecodeError as e:
         raise _damaged(path, str(e)) from None
-    ranks: Ranks = {}
-    for rank, line in enumerate(lines):
-        encoded, _, number = line.partition(" ")
-        try:
-            token = base64.b64decode(encoded, validate=True)
-        except (binascii.Error, ValueError) as e:
-            raise _damaged(path, f"line {rank + 1}: {e}") from None
-        if number != str(rank):
-            raise _damaged(path, f"line {rank + 1}: rank {number!r} where {rank} belongs")
-        if not token or token in ranks:
-            raise _damaged(path, f"line {rank + 1}: {'a second' if token else 'no'} token {token!r}")
-        ranks[token] = rank
     if missing := [i for i in range(256) if bytes([i]) not in ranks]:
         raise _damaged(path, f"{len(missing)} of the 256 single bytes are missing")
     return ranks
 
 
+def _read_rank(path: Path, rank: int, line: str) -> bytes:
+    encoded, _, number = line.partition(" ")
+    if number != str(rank):
+        raise _damaged(path, f"line {rank + 1}: rank {number[:20]!r} where {rank} belongs")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise _damaged(path, f"line {rank + 1}: {e}") from None
+
+
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} cannot be used: {why}. Run `tokenize` again (or `dvc repro`).")
+    return UserError(f"{path} cannot be used: {why}. Run `tokenize` again (`dvc repro -f -s tokenize`).")
 
 
 def _gpt2_ranks(vocab_bpe: bytes) -> Ranks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import reprlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from core import faults
 from core.errors import UserError
-from core.files import new_folder, read_json, sha256_file, write_json
+from core.files import new_folder, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +32,17 @@ SHARD_TOKENS = 1 << 26
 """Tokens per file: 128 MiB as uint16."""
 BATCH = 1 << 20
 """Characters that a thread encodes at a time, or one document if that is longer."""
+LONG = 1 << 24
+"""Characters that are encoded or wait for it at a time, or one document if that is longer."""
 PASSAGE = 1 << 16
 """Characters: a longer document gives its share to the training of the vocabulary in passages."""
 PROGRESS_SECONDS = 5
+MAX_MANIFEST = 4 << 20
+"""Bytes of a manifest: some 20,000 shards, 1.3e12 tokens."""
+LARGEST = 1 << 60
+"""More tokens or bytes than any corpus has."""
+LOOK_AGAIN = r"attrib -r .dvc\cache\files\* /s" if os.name == "nt" else "chmod -R u+w .dvc/cache/files"
+"""DVC takes read-only objects of its cache for good, rotten ones too; it looks at writable ones."""
 
 
 def tokenize(
@@ -130,17 +140,23 @@ def _write_split(
     path = project.documents / f"{writer.split}.jsonl"
     total = _count(source, writer.split, "bytes")
     start = told = time.perf_counter()
+    digest = hashlib.sha256()
     with writer:
-        for batch in _encode(tokenizer, read_documents(path), writer.dtype, threads):
+        for batch in _encode(tokenizer, read_documents(path, digest), writer.dtype, threads):
+            faults.point("tokenize.batch")
             writer.write(batch)
             if time.perf_counter() - told > PROGRESS_SECONDS:
                 told = time.perf_counter()
                 speed = writer.n_bytes / 1e6 / (told - start)
                 say(f"{writer.split}: {writer.n_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:.1f} MB/s")
-    if writer.n_documents != _count(source, writer.split, "documents"):
+    if digest.hexdigest() != source[writer.split].get("sha256"):
         raise UserError(
-            f"{path} holds {writer.n_documents:,} documents, its manifest says "
-            f"{source[writer.split]['documents']:,}. Run `prepare-data` again."
+            [
+                f"its sha256 is not the one in manifest.json; it holds {writer.n_documents:,} documents of "
+                f"{_count(source, writer.split, 'documents'):,}",
+                remedy("prepare-data"),
+            ],
+            title=f"{path} is damaged",
         )
     seconds = time.perf_counter() - start
     say(
@@ -169,14 +185,14 @@ def _encode(
         )
 
     threads = threads or min(os.cpu_count() or 1, 8)
-    waiting: deque[Future[_Batch]] = deque()
+    waiting: deque[tuple[Future[_Batch], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(texts):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > threads + 1:
-                yield waiting.popleft().result()
+            waiting.append((pool.submit(encode, batch), sum(map(len, batch))))
+            while len(waiting) > threads + 1 or sum(size for _, size in waiting) > LONG:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -232,7 +248,7 @@ class _Writer:
         }
 
     def _open(self) -> None:
-        name = f"{self.split}_{len(self.shards):03d}.bin"
+        name = shard_name(self.split, len(self.shards))
         self._file = (self.folder / name).open("wb")
         self._digest = hashlib.sha256()
         self.shards.append({"file": name, "tokens": 0})
@@ -296,25 +312,23 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: Path, split: str, verify: bool = False) -> TokenShards:
-        """Check that a split of data/tokens/ is there with its right sizes; if `verify`, every hash as well.
+        """Check that a split of data/tokens/ is there with its right sizes; if `verify`, every byte as well.
 
+        Verifying reads each file once: its hash, that every id is one of the tokenizer's, and that the tokenizer is the
+        one that the tokens were made with. Memory does not grow with the files.
         Raises UserError naming every file that is missing or damaged.
         """
-        manifest = read_json(folder / "manifest.json", made_by="tokenize")
+        manifest = _read_manifest(folder)
         try:
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"format {manifest['format']!r}, this version reads {FORMAT}")
-            shards = cls(folder, split, manifest)
-            files = manifest[split]["shards"]
-            if sum(file["tokens"] for file in files) != shards.n_tokens:
-                raise ValueError(f"the files of {split} do not add up to {shards.n_tokens!r} tokens")
-            problems = [problem for file in files for problem in shards._check(file, verify)]
-            if verify:
-                problems += _check_tokenizer(folder, manifest["tokenizer_sha256"])
+            _check_manifest(manifest)
         except (KeyError, TypeError, ValueError) as e:
-            problems = [f"manifest.json: {type(e).__name__}: {e}"]
+            raise _damaged(folder, [f"manifest.json: {_told(e)}"]) from None
+        shards = cls(folder, split, manifest)
+        problems = [problem for file in manifest[split]["shards"] for problem in shards._check(file, verify)]
+        if verify:
+            problems += _check_tokenizer(folder, manifest)
         if problems:
-            raise UserError(problems, title=f"{folder} is damaged, run `tokenize` again (or `dvc repro`)")
+            raise _damaged(folder, problems)
         return shards
 
     @property
@@ -334,15 +348,107 @@ class TokenShards:
             yield f"{path.name} is missing"
         elif path.stat().st_size != expected:
             yield f"{path.name} has {path.stat().st_size:,} bytes, not {expected:,}"
-        elif verify and sha256_file(path) != shard["sha256"]:
+        elif verify:
+            yield from self._check_content(path, shard["sha256"])
+
+    def _check_content(self, path: Path, sha256: str) -> Iterator[str]:
+        import numpy as np
+
+        digest, largest = hashlib.sha256(), 0
+        with path.open("rb") as f:
+            while piece := f.read(1 << 20):  # whole ids: the size of the file was looked at before
+                digest.update(piece)
+                largest = max(largest, int(np.frombuffer(piece, self.dtype).max()))
+        if digest.hexdigest() != sha256:
             yield f"{path.name}: its sha256 is not the one in manifest.json"
+        if largest >= self.manifest["n_vocab"]:
+            yield f"{path.name} holds the id {largest:,}, but there are {self.manifest['n_vocab']:,} ids"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}
 
 
-def _check_tokenizer(folder: Path, sha256: str) -> Iterator[str]:
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:03d}.bin"
+
+
+def _read_manifest(folder: Path) -> Any:
+    path = folder / "manifest.json"
+    if path.is_file() and path.stat().st_size > MAX_MANIFEST:
+        raise _damaged(folder, [f"manifest.json has more than {MAX_MANIFEST >> 20} MiB"])
+    try:
+        return read_json(path, made_by="tokenize")
+    except RecursionError:
+        raise _damaged(folder, ["manifest.json is nested too deep"]) from None
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise KeyError, TypeError or ValueError where it says what `tokenize` never writes.
+
+    A shard has the name that `tokenize` gives it and no other, so that nothing outside the folder is read.
+    """
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {reprlib.repr(manifest['format'])}, this version reads {FORMAT}")
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype: {reprlib.repr(manifest['dtype'])} should be 'uint16' or 'uint32'")
+    n_vocab = _whole(manifest, "n_vocab", least=257, most=1 << (16 if manifest["dtype"] == "uint16" else 32))
+    if _whole(manifest, "bos") >= n_vocab:
+        raise ValueError(f"bos {manifest['bos']:,} is no id: there are {n_vocab:,}")
+    _sha256(manifest, "tokenizer_sha256")
+    for split in SPLITS:
+        for name in ("tokens", "bytes", "documents"):
+            _whole(manifest[split], name)
+        files = manifest[split]["shards"]
+        if not isinstance(files, list):
+            raise TypeError(f"{split}.shards is no list")
+        for number, file in enumerate(files):
+            if file["file"] != shard_name(split, number):
+                raise ValueError(
+                    f"{split}: {reprlib.repr(file['file'])} where {shard_name(split, number)} belongs"
+                )
+            _whole(file, "tokens", least=1)
+            _sha256(file, "sha256")
+        if sum(file["tokens"] for file in files) != manifest[split]["tokens"]:
+            raise ValueError(f"the files of {split} do not add up to {manifest[split]['tokens']:,} tokens")
+
+
+def _whole(values: dict[str, Any], name: str, least: int = 0, most: int = LARGEST) -> int:
+    value = values[name]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name}: {reprlib.repr(value)} should be a whole number from {least:,} to {most:,}")
+    return value
+
+
+def _sha256(values: dict[str, Any], name: str) -> None:
+    if not isinstance(values[name], str) or len(values[name]) != 64:
+        raise ValueError(f"{name}: {reprlib.repr(values[name])} is no sha256")
+
+
+def _check_tokenizer(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     from core.tokenizer import Tokenizer
 
-    if Tokenizer.load(folder / "tokenizer").sha256 != sha256:
+    try:
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+    except UserError as e:
+        yield str(e)
+        return
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
         yield "tokenizer: it is not the one that these tokens were made with"
+    elif (tokenizer.n_vocab, tokenizer.bos) != (manifest["n_vocab"], manifest["bos"]):
+        yield "manifest.json: n_vocab and bos are not the tokenizer's"
+
+
+def _told(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _damaged(folder: Path, problems: list[str]) -> UserError:
+    return UserError([*problems, remedy("tokenize")], title=f"{folder} is damaged")
+
+
+def remedy(stage: str) -> str:
+    """What writes a stage's output anew, even where DVC's cache holds the damage too."""
+    return (
+        f"to mend it: `{LOOK_AGAIN}`, so that DVC looks at its own copies again, then `dvc repro -f -s {stage}`; "
+        f"without DVC: run `{stage}` again"
+    )

@@ -7,25 +7,30 @@ are ours: accelerate's samplers and checkpoints are neither exact nor atomic.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import statistics
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from core.batches import Positions, Windows, micro_batches
-from core.errors import UserError
-from core.hookspecs import GIB, Build, Plan
+from core.errors import PluginError, Stopped, TightfitError, UserError
+from core.faults import point, spoil
+from core.hookspecs import Build, Plan
+from core.journal import Journal
+from core.keeper import Cursor, Keeper
 from core.measure import measure
 from core.model_config import ModelConfig
-from core.monitor import CardMonitor, MemoryWatch, Progress, card_line, clock_time, peak_flops
+from core.monitor import MemoryWatch, Progress, card_line, clock_time
+from core.numbers import Numbers, step_if_finite
 from core.optim import adamw, check_groups, lr_factor
 from core.params import Params, TrainParams
-from core.plan import runtime
+from core.plan import accelerator_kwargs, call, runtime
 from core.project import Project
-from core.run import Run, save_model
+from core.run import LAUNCHED, Run
+from core.stop import Stop, StopRequested
 from core.survive import Survivor
 from core.tokenizer import Tokenizer
 from core.tokens import TokenShards
@@ -39,16 +44,24 @@ if TYPE_CHECKING:
 FIRST_LOSS_TOLERANCE = 1.0
 
 
-def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
-    """Train the plan's model on the project's tokens; return what the report needs.
+def train(
+    project: Project,
+    plan: Plan,
+    run: Run,
+    echo: Callable[[str], None],
+    inputs: Callable[[], list[str]] = lambda: [],
+) -> dict[str, Any]:
+    """Train the plan's model on the project's tokens, from the run's last checkpoint on; return what a report needs.
 
-    Leaves log.jsonl and the best and last weights in the run's folder. Raises UserError where the first loss is not
-    near ln(V), where a later one is no number, or where the launch does not match the plan.
+    Leaves log.jsonl, checkpoints, and the best and last weights in the run's folder. inputs: what of the run's inputs
+    has changed since it began. Raises UserError where the first loss is not near ln(V), where three in a row are no
+    numbers, or where the launch does not match the plan; Stopped where it was asked to stop, with a checkpoint written.
     """
     params, hook = project.params.train, runtime(plan).hook
-    shards, held_out = TokenShards.open(project.tokens, "train"), TokenShards.open(project.tokens, "val")
+    shards, held_out = (TokenShards.open(project.tokens, split, verify=True) for split in ("train", "val"))
+    tokenizer = project.tokens / "tokenizer"
     accelerator = make_accelerator(plan, hook)
-    budget, clock = Budget.of(params), Clock()
+    budget, clock, cursor = Budget.of(params), Clock(), Cursor()
     progress = Progress(budget.steps, echo, enabled=accelerator.is_main_process)
     config = ModelConfig.resolve(project.params.model, shards.manifest["n_vocab"])
     build = build_training(plan, hook, accelerator, config, project.params, progress.say)
@@ -56,103 +69,184 @@ def train(project: Project, plan: Plan, run: Run, echo: Callable[[str], None]) -
     for split in (shards, held_out):
         check_length(split, config.block_size)
     windows = Windows(shards, config.block_size, project.params.seed)
-    positions = Positions(
-        plan.sequences, plan["micro_batch"], accelerator.process_index, accelerator.num_processes
-    )
-    batches, micro_batches_read = micro_batches(windows, positions, plan), plan["gradient_accumulation_steps"]
+    bytes_of = Tokenizer.load(tokenizer).token_bytes()
+    stop = Stop(patient=LAUNCHED in os.environ)
+    leave = stop.check if accelerator.num_processes == 1 else nothing
+
+    def inspect() -> None:
+        """With a window's gradients in place."""
+        if numbers.fp16 and (cursor.step == 0 or (cursor.step + 1) % params.eval_interval == 0):
+            numbers.look_for_underflow(cursor.step + 1)
+
     survivor = Survivor(
         build,
-        lambda window: optimizer_step(build, hook, window, params.grad_clip),
+        lambda window: optimizer_step(build, hook, window, params.grad_clip, cursor, leave, inspect),
+        cursor,
         plan["micro_batch"],
         memory.forgive,
     )
-    measured_at_once = plan["micro_batch"]
-    journal = Journal(run, config, plan, params, accelerator, survivor, memory)
-    bytes_of = Tokenizer.load(project.tokens / "tokenizer").token_bytes()
+    journal = Journal(run, config, plan, params.batch_tokens, build, survivor, memory)
+    numbers = Numbers(
+        build, lambda step: windows.places((step - 1) * plan.sequences, plan.sequences), journal.write
+    )
+    keeper = Keeper(run, build, cursor, survivor, numbers, journal, params.checkpoint_minutes, inputs)
+    keeper.require_room()
     progress.say(describe(config, plan, windows, budget, journal))
     for note in plan.notes:
         progress.say(f"note: {note}")
 
-    step, done = 0, False
-    clock.start()
-    build.model.train()
-    with journal:
+    with stop:
         try:
-            while not done:
-                lr = set_lr(build, params, step, budget.share(step, clock.seconds()))
-                window = list(islice(batches, micro_batches_read))
-                step += 1
-                loss, grad_norm = survivor.step(window, step)
-                done = budget.spent(step, clock.seconds())
-
-                evaluating = done or step % params.eval_interval == 0
-                logging = evaluating or step == 1 or step % params.log_interval == 0
-                fields = []
-                if logging:  # the only place that waits for the device
-                    value = check_loss(accelerator.reduce(loss, "sum").item(), step, config.vocab_size)
-                    record = journal.step(step, value, lr, grad_norm, clock.lap(step))
-                    hook.on_step_end(build=build, step=step, metrics=record)
-                    journal.write(record)
-                    memory.look(step, record)
-                    fields = step_line(record, budget.seconds_left(step, clock.seconds()))
-                progress.advance(step, fields, logging)
-
-                if evaluating:
+            keeper.resume()
+            done = budget.spent(cursor.step, cursor.seconds)
+            if journal.evaluated == cursor.step:
+                journal.save_weights(tokenizer, cursor.step, done)
+            positions = Positions(
+                plan.sequences,
+                survivor.planned,
+                accelerator.process_index,
+                accelerator.num_processes,
+                cursor.step,
+            )
+            batches = micro_batches(windows, positions, plan)
+            clock.start(cursor)
+            build.model.train()
+            point("train.loop")
+            while True:
+                if journal.evaluated < cursor.step and (done or cursor.step % params.eval_interval == 0):
                     measured = measure(
                         build.model,
                         accelerator,
                         held_out,
                         bytes_of,
-                        min(measured_at_once, survivor.micro_batch),
+                        min(journal.at_once, survivor.micro_batch),
                         params.eval_tokens,
                         progress.say,
+                        leave,
                     )
-                    measured_at_once = measured["sequences_at_once"]
-                    record = journal.evaluation(step, measured)
-                    hook.on_evaluate_end(build=build, step=step, metrics=record)
+                    record = journal.evaluation(cursor.step, measured)
+                    hook.on_evaluate_end(build=build, step=cursor.step, metrics=record)
                     journal.write(record)
-                    journal.save(build, project, record, done)
                     progress.say(evaluation_line(record, journal))
+                    keeper.save(keep_training=not done)
+                    journal.save_weights(tokenizer, cursor.step, done)
                     clock.skip()
+                if done:
+                    break
+                leave()
+                point("train.window")
+                lr = set_lr(build, params, cursor.step, budget.share(cursor.step, clock.seconds()))
+                try:
+                    loss, grad_norm = survivor.step(list(islice(batches, survivor.loads)))
+                except Exception as error:
+                    keeper.rescue(error)
+                    raise
+                step = cursor.step
+                cursor.seconds = clock.seconds()
+                done = budget.spent(step, cursor.seconds)
+                numbers.add(step, loss, grad_norm)
+
+                evaluating = done or step % params.eval_interval == 0
+                logging = evaluating or step == 1 or step % params.log_interval == 0
+                fields = []
+                if logging:  # the only place that waits for the device
+                    value, norm = numbers.read()
+                    if step == 1:
+                        check_loss(value, step, config.vocab_size)
+                    record = journal.step(step, value, lr, norm, clock.lap(step))
+                    hook.on_step_end(build=build, step=step, metrics=record)
+                    journal.write(record)
+                    memory.look(step, record)
+                    fields = step_line(record, budget.seconds_left(step, cursor.seconds))
+                progress.advance(step, fields, logging)
+                if (logging or keeper.alone) and not evaluating and keeper.together(keeper.due()):
+                    keeper.save()
+                    clock.skip()
+                if logging and not keeper.alone and keeper.together(bool(stop.requested)):
+                    raise StopRequested(stop.requested or "a signal to another process")
+        except StopRequested as request:
+            keeper.save(keep_training=False)
+            raise Stopped(
+                f"stopped by {request} after step {cursor.step}; everything is saved in {run.folder}. Run the same "
+                "command again (or `dvc repro`) to go on"
+            ) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TightfitError(
+                f"a data loader's worker died ({str(error).splitlines()[0]}): the machine may be out of RAM. Run again "
+                "to go on; hardware.options.loader.workers: 0 does without workers"
+            ) from None
         finally:
-            hook.on_train_end(build=build)
+            journal.close()
             progress.close()
+            end_strategies(build)
 
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return journal.summary(step * plan.sequences / windows.per_epoch, clock.seconds())
+    return journal.summary(cursor.step * plan.sequences / windows.per_epoch, cursor.seconds, numbers.skipped)
+
+
+def end_strategies(build: Build) -> None:
+    """Tell every strategy that training is over. One that fails hides no error that is on its way already."""
+    with contextlib.suppress(Exception) if sys.exc_info()[0] else contextlib.nullcontext():
+        for strategy in build.plan.active:
+            call(strategy, "on_train_end", build=build)
+
+
+def nothing() -> None:
+    """What is called where nothing has to be."""
 
 
 def optimizer_step(
-    build: Build, hook: Any, window: list[tuple[Tensor, Tensor]], grad_clip: float
+    build: Build,
+    hook: Any,
+    window: list[tuple[Tensor, Tensor]],
+    grad_clip: float,
+    cursor: Cursor | None = None,
+    leave: Callable[[], None] = nothing,
+    inspect: Callable[[], None] = nothing,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over a window of micro-batches; return its mean loss on this process and gradient norm.
 
     window: (x, y) pairs, [B, T] int64 each, on any device. The loss of a micro-batch is a sum over its tokens, divided
     by the tokens of the whole window over all processes, so that the result does not depend on how the window is cut.
-    Nothing is read back from the device.
+    Nothing is read back from the device. A step that is not finite changes no weight.
+
+    cursor: moves with each micro-batch; one in the middle of a window goes on from there. leave: called between two
+    micro-batches, may raise. inspect: called with the window's gradients in place.
     """
     import torch
 
     accelerator, model, optimizer = build.accelerator, build.model, build.optimizer
+    cursor = cursor or Cursor()
     window_tokens = sum(y.numel() for _, y in window) * accelerator.num_processes
     # accelerate divides by the accumulation steps, and DDP averages over processes: undo both.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / window_tokens
-    total = torch.zeros((), device=accelerator.device)
+    total = cursor.loss if cursor.micro_batches else torch.zeros((), device=accelerator.device)
     norm = torch.zeros((), device=accelerator.device)
-    for x, y in window:
+    for x, y in window[cursor.micro_batches :]:
+        leave()
+        point("train.micro_batch")
         x = x.to(accelerator.device, non_blocking=True)
         y = y.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
             with step_contexts(build, hook):
-                loss = model(x, y)
+                loss = spoil("step.loss", model(x, y))
                 accelerator.backward(loss * scale)
+            point("train.backward")
             total += loss.detach()
-            if accelerator.sync_gradients and grad_clip:
-                norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
-            build.updating = accelerator.sync_gradients
-            optimizer.step()
-            build.updating = False
+            cursor.micro_batches, cursor.loss = cursor.micro_batches + 1, total
+            if accelerator.sync_gradients:
+                first = next(model.parameters())
+                first.grad = spoil("step.gradient", first.grad)
+                inspect()
+                norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+                point("train.update")
+                step_if_finite(build, total, norm)
+                cursor.step, cursor.micro_batches, cursor.loss, cursor.random = cursor.step + 1, 0, None, None
+                build.updating = False
+                point("train.updated")
             optimizer.zero_grad()
     return total / window_tokens, norm
 
@@ -182,18 +276,14 @@ def make_accelerator(plan: Plan, hook: Any, simulated: bool = False) -> Accelera
         "cpu": plan.profile.device == "cpu",
         "gradient_accumulation_plugin": accumulation,
     }
-    for asked in hook.accelerator_kwargs(plan=plan):
-        for key, value in asked.items():
-            if isinstance(value, list):
-                kwargs[key] = [*kwargs.get(key, []), *value]
-            elif kwargs.setdefault(key, value) != value:
-                raise UserError(
-                    f"two strategies disagree on accelerate's {key}: {kwargs[key]!r} and {value!r}"
-                )
+    kwargs |= accelerator_kwargs(plan)
     kwargs.setdefault("mixed_precision", "no")
     if simulated and kwargs["mixed_precision"] == "fp16":
         kwargs["mixed_precision"] = "bf16"
-    accelerator = Accelerator(**kwargs)
+    try:
+        accelerator = Accelerator(**kwargs)
+    except (TypeError, ValueError) as e:
+        raise PluginError(f"accelerate refuses what the strategies ask of it: {e}") from e
     if accelerator.num_processes != plan.num_processes:
         raise UserError(
             f"hardware.num_processes is {plan.num_processes}, but {accelerator.num_processes} were launched: "
@@ -317,9 +407,11 @@ def check_loss(loss: float, step: int, vocab_size: int) -> float:
 class Clock:
     """Time spent training, and the rate between log lines without the evaluations."""
 
-    def start(self) -> None:
-        self.started = self.lap_started = time.perf_counter()
-        self.lap_step = 0
+    def start(self, cursor: Cursor) -> None:
+        """Go on from what earlier lives took."""
+        self.lap_started = time.perf_counter()
+        self.started = self.lap_started - cursor.seconds
+        self.lap_step = cursor.step
 
     def seconds(self) -> float:
         """Since the start, evaluations included."""
@@ -337,119 +429,6 @@ class Clock:
         self.lap_started = time.perf_counter()
 
 
-class Journal:
-    """What a run leaves behind: log.jsonl, the best and last weights, and the figures of its summary."""
-
-    def __init__(
-        self,
-        run: Run,
-        config: ModelConfig,
-        plan: Plan,
-        params: TrainParams,
-        accelerator: Accelerator,
-        survivor: Survivor,
-        memory: MemoryWatch,
-    ) -> None:
-        self.run, self.config, self.params, self.accelerator = run, config, params, accelerator
-        self.survivor, self.memory = survivor, memory
-        self.card = CardMonitor(accelerator.device)
-        self.peak, self.peak_source = peak_flops(plan, accelerator.device)
-        self.losses: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
-        self.best = math.inf
-        self.improved = False
-        self.log: Any = None
-        self.told = 0
-
-    def __enter__(self) -> Journal:
-        if self.accelerator.is_main_process:
-            self.log = self.run.log.open("w", encoding="utf-8", newline="\n")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tell()
-        if self.log is not None:
-            self.log.close()
-
-    def step(
-        self, step: int, loss: float, lr: float, grad_norm: Tensor, steps_per_second: float
-    ) -> dict[str, Any]:
-        """The record of a logged step."""
-        rate = steps_per_second * self.params.batch_tokens
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": step * self.params.batch_tokens,
-            "loss": loss,
-            "lr": lr,
-        }
-        norm = grad_norm.item()
-        record["grad_norm"] = (
-            norm if math.isfinite(norm) else None
-        )  # fp16's scaler skips a step that overflows
-        record["tokens_per_second"] = rate
-        if self.peak:
-            total = self.peak * self.accelerator.num_processes
-            record["share_of_peak"] = rate * self.config.flops_per_token / total
-        record |= self.card.read() | {"memory_gib": self.memory.read() / GIB}
-        self.losses.append(record)
-        return record
-
-    def evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """The record of an evaluation; notes whether it is the best so far."""
-        self.improved = measured["loss"] < self.best
-        self.best = min(self.best, measured["loss"])
-        self.memory.read()
-        record = {"step": step, "tokens": step * self.params.batch_tokens}
-        record |= {"val_loss": measured["loss"], "val_bits_per_byte": measured["bits_per_byte"]}
-        self.evaluations.append(record)
-        return record
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._tell()
-        self._line(record)
-
-    def _tell(self) -> None:
-        """What memory made the run give up, as it happened."""
-        for event in self.survivor.happened[self.told :]:
-            self._line(event)
-        self.told = len(self.survivor.happened)
-
-    def _line(self, record: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(json.dumps(record) + "\n")
-            self.log.flush()
-
-    def save(self, build: Build, project: Project, record: dict[str, Any], done: bool) -> None:
-        """Write the weights that this evaluation earned."""
-        if not self.accelerator.is_main_process:
-            return
-        facts = {key: record[key] for key in ("step", "tokens", "val_loss")} | {"run": self.run.folder.name}
-        for which, wanted in (("best", self.improved), ("last", done)):
-            if wanted:
-                tokenizer = project.tokens / "tokenizer"
-                save_model(self.run.weights(which), build.network, tokenizer, {**facts, "weights": which})
-
-    def summary(self, epochs: float, seconds: float) -> dict[str, Any]:
-        """The run in figures. loss: mean of the last five logged."""
-        steady = self.losses[1:] or self.losses  # the first step pays for warming up
-        recent = [r["loss"] for r in self.losses[-5:]]
-        return {
-            "steps": self.losses[-1]["step"],
-            "tokens": self.losses[-1]["tokens"],
-            "epochs": epochs,
-            "seconds": seconds,
-            "loss": sum(recent) / len(recent),
-            "best_val_loss": self.best,
-            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steady),
-            "share_of_peak": statistics.median(r.get("share_of_peak", 0.0) for r in steady),
-            **self.memory.summary(),
-            "micro_batch": self.survivor.micro_batch,
-            "out_of_memory": len(self.survivor.happened),
-            "losses": self.losses,
-            "evaluations": self.evaluations,
-        }
-
-
 def step_line(record: dict[str, Any], seconds_left: float) -> list[str]:
     fields = [
         f"loss {record['loss']:.4f}",
@@ -462,7 +441,7 @@ def step_line(record: dict[str, Any], seconds_left: float) -> list[str]:
 
 
 def evaluation_line(record: dict[str, Any], journal: Journal) -> str:
-    best = " (best)" if journal.improved else ""
+    best = " (best)" if journal.best_step == record["step"] else ""
     return (
         f"step {record['step']}: held-out loss {record['val_loss']:.4f}, "
         f"{record['val_bits_per_byte']:.4f} bits per byte{best}"

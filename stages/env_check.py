@@ -1,8 +1,6 @@
 """env-check: what this machine is, which plan it gets, and whether it can run it."""
 
-import click
-
-from core.cli import command
+from core.cli import command, say
 from core.project import Project
 
 
@@ -11,7 +9,7 @@ def main(project: Project) -> None:
     """Check this machine and resolve the plan (reports/plan.json)."""
     from core.env_check import env_check
 
-    env_check(project, click.echo)
+    env_check(project, say)
 
 
 if __name__ == "__main__":

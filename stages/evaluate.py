@@ -1,8 +1,6 @@
 """evaluate: bits per byte on held-out text, samples, and the report."""
 
-import click
-
-from core.cli import command
+from core.cli import command, say
 from core.project import Project
 
 
@@ -11,7 +9,7 @@ def main(project: Project) -> None:
     """Measure the final model and write reports/ (metrics.json, samples.md, report.html)."""
     from core.evaluate import evaluate
 
-    evaluate(project, click.echo)
+    evaluate(project, say)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import click
-
-from core.cli import command
+from core.cli import command, say
 from core.corpus import prepare
 from core.project import Project
 
@@ -12,7 +10,7 @@ from core.project import Project
 @command("prepare-data")
 def main(project: Project) -> None:
     """Read the corpus into documents, split into train and held-out by hash."""
-    prepare(project, click.echo)
+    prepare(project, say)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import click
-
-from core.cli import command
+from core.cli import command, say
 from core.project import Project
 
 
@@ -16,7 +14,7 @@ def main(project: Project) -> None:
 
     params = project.params
     block_size = ModelConfig.resolve(params.model, params.tokenizer.n_vocab).block_size
-    tokenize(project, click.echo, min_tokens=block_size + 1)
+    tokenize(project, say, min_tokens=block_size + 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,16 +67,17 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rehearsal found. exact: tries that ended bit for bit as an undisturbed run; None: no numbers compared."""
+    """What a rehearsal found. exact: of the runs compared, those that ended bit for bit as an undisturbed one."""
 
     tried: int
     survived: int
-    exact: int | None = None
+    compared: int = 0
+    exact: int = 0
     note: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.tried == self.survived and self.exact in (None, self.tried)
+        return self.tried == self.survived and self.compared == self.exact
 
 
 @dataclass(frozen=True)
@@ -115,28 +117,22 @@ class Tally:
     """Counts tries; what fails is noted with what it was."""
 
     def __init__(self) -> None:
-        self.tried = self.survived = self.exact = 0
-        self.compared = False
+        self.tried = self.survived = self.compared = self.exact = 0
         self.failures: list[str] = []
 
     def check(self, what: str, survived: bool, exact: bool | None = None) -> None:
-        """Count one try. `what` says which, for the report of a failure."""
+        """Count one try. `what` says which, for the report of a failure; exact: None where no numbers are compared."""
         self.tried += 1
         self.survived += survived
-        if exact is not None:
-            self.compared = True
-            self.exact += exact
+        self.compared += exact is not None
+        self.exact += bool(exact)
         if not survived or exact is False:
             self.failures.append(what)
 
     def outcome(self, note: str = "") -> Outcome:
         failed = "; ".join(self.failures[:5])
-        return Outcome(
-            self.tried,
-            self.survived,
-            self.exact if self.compared else None,
-            f"FAILED: {failed}" if failed else note,
-        )
+        note = f"FAILED: {failed}" if failed else note
+        return Outcome(self.tried, self.survived, self.compared, self.exact, note)
 
 
 @dataclass
@@ -180,7 +176,8 @@ class Life:
             self.process.kill()
             self.process.join()
         code = None if hangs else self.process.exitcode
-        return Ended(code, self.out.read_text(encoding="utf-8", errors="replace"))
+        out = self.out.read_text(encoding="utf-8", errors="replace") if self.out.exists() else ""
+        return Ended(code, out)
 
 
 class Lab:
@@ -234,23 +231,34 @@ class Lab:
         return root
 
     def live(
-        self, project: Project, *arguments: str, faults: str = "", environ: Mapping[str, str] | None = None
+        self,
+        project: Project,
+        *arguments: str,
+        faults: str = "",
+        environ: Mapping[str, str] | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> Life:
-        """Start `tightfit ARGUMENTS` in the project's folder."""
+        """Start `tightfit ARGUMENTS` in the project's folder. limits: {"RLIMIT_FSIZE": bytes} and the like."""
         self.lives += 1
         out = self.folder / f"out-{self.lives}"
         ours, theirs = self.context.Pipe(duplex=False)
-        given = (str(project.root), arguments, dict(environ or {}), faults, str(out), theirs)
+        given = (
+            str(project.root),
+            arguments,
+            dict(environ or {}),
+            dict(limits or {}),
+            faults,
+            str(out),
+            theirs,
+        )
         process = self.context.Process(target=_live, args=given, daemon=False)
         process.start()
         theirs.close()
         return Life(process, out, ours)
 
-    def run(
-        self, project: Project, *arguments: str, faults: str = "", environ: Mapping[str, str] | None = None
-    ) -> Ended:
-        """Run `tightfit ARGUMENTS` in the project's folder to its end."""
-        return self.live(project, *arguments, faults=faults, environ=environ).end()
+    def run(self, project: Project, *arguments: str, **how: Any) -> Ended:
+        """Run `tightfit ARGUMENTS` in the project's folder to its end; `how` as for `live`."""
+        return self.live(project, *arguments, **how).end()
 
     def reference(self, **sections: Any) -> Path:
         """The final model's folder of an undisturbed run with these params; trained at the first call."""
@@ -270,6 +278,43 @@ class Lab:
             (project.root / name).is_file()
             and (project.root / name).read_bytes() == (reference.root / name).read_bytes()
             for name in names
+        )
+
+    def repository(self, name: str, **sections: Any) -> Project:
+        """A small project under git and DVC, with its own copy of the code, as `dvc repro` needs it."""
+        project = self.project(name, **sections)
+        for part in (
+            "core",
+            "stages",
+            "dvc.yaml",
+            ".dvc/config",
+            ".dvc/.gitignore",
+            ".dvcignore",
+            ".gitignore",
+        ):
+            source, target = self.plugins.parent / part, project.root / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        subprocess.run(["git", "init", "-q"], cwd=project.root, check=True)
+        return project
+
+    def dvc(self, project: Project, *arguments: str, faults: str = "") -> subprocess.Popen[str]:
+        """Start `dvc ARGUMENTS` in a repository, one thread per process; its output is in a pipe."""
+        environ = os.environ | {"TIGHTFIT_FAULTS": faults, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+        environ["DVC_SITE_CACHE_DIR"] = str(self.folder / "site")
+        environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=project.root,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
 
 
@@ -292,7 +337,13 @@ def small_corpus(n_lines: int, seed: int = 1) -> str:
 
 
 def _live(
-    root: str, arguments: tuple[str, ...], environ: dict[str, str], spec: str, out: str, started: Any
+    root: str,
+    arguments: tuple[str, ...],
+    environ: dict[str, str],
+    limits: dict[str, int],
+    spec: str,
+    out: str,
+    started: Any,
 ) -> None:
     """A process's whole life: run a command, its output in a file."""
     os.chdir(root)
@@ -300,13 +351,16 @@ def _live(
     with open(out, "wb", buffering=0) as f:  # noqa: PTH123
         for stream in (1, 2):
             os.dup2(f.fileno(), stream)
-    if multiprocessing.get_start_method(allow_none=True) is None or "torch" in sys.modules:
-        import torch
+    import torch
 
-        torch.set_num_threads(1)
     from core import faults
     from core.cli import main
 
+    torch.set_num_threads(1)  # small networks are fastest so, and sums do not depend on the machine's cores
+    for name, value in limits.items():
+        import resource
+
+        resource.setrlimit(getattr(resource, name), (value, value))
     faults.when("train.loop", lambda: started.send_bytes(b"."))
     faults.arm(spec)
     main(list(arguments), prog_name="tightfit")

@@ -445,3 +445,66 @@ def test_memory_stays_flat(tmp_path: Path, shape: str, megabytes: int) -> None:
         tracemalloc.stop()
     assert manifest["train"]["bytes"] + manifest["val"]["bytes"] > 0.99e6 * megabytes
     assert peak < 6 << 20
+
+
+# --- files that are no text ---
+
+
+@pytest.mark.parametrize(
+    ("content", "offset"),
+    [
+        ("qırmızı gül, çay və şəkər\n".encode("utf-16-le") * 9, 1),
+        ("qırmızı gül, çay və şəkər\n".encode("utf-16-be") * 9, 0),
+        ("əğışəğışəğışəğış".encode("utf-16-le") * 9, 1),  # each byte is valid UTF-8
+        ("Привет, мир\n".encode("utf-16-le") * 9, 0),
+        (b"text\n" * 20 + bytes(500), 100),
+        (b"\x7fELF\x02\x01\x01" + bytes(range(64)) * 4, 4),
+    ],
+)
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, offset: int, errors: str) -> None:
+    write(tmp_path / "in" / "a.txt", content)
+    with pytest.raises(UserError, match=rf"a\.txt is no text: .* at offset {offset}\. Save UTF-16 as UTF-8"):
+        run(tmp_path, errors=errors)
+    assert not (tmp_path / "data" / "documents").exists()
+
+
+def test_a_few_control_characters_are_let_through(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", b"a\0b\x01\x1b[0m\f\v\n" * 3 + lines(60).encode())
+    manifest, texts = run(tmp_path, documents="lines", val_fraction=0.2)
+    assert manifest["cleaning"]["nul"] == 3 and "ab\x01\x1b[0m\f\v" in texts
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+def test_a_pickle_is_not_executed(tmp_path: Path, source: str) -> None:
+    bomb = b"cos\nmkdir\n(S'" + str(tmp_path / "made").encode() + b"'\ntR."
+    write(tmp_path / "in" / f"a.{'txt' if source == 'text' else source}", bomb)
+    with pytest.raises(UserError):
+        run(tmp_path, source=source)
+    assert not (tmp_path / "made").exists()
+
+
+def test_reading_back_hashes_and_bears_deep_nesting(tmp_path: Path) -> None:
+    import hashlib
+
+    path = tmp_path / "train.jsonl"
+    write(path, b'{"text": "fine"}\n' * 3)
+    digest = hashlib.sha256()
+    assert list(read_documents(path, digest)) == ["fine"] * 3
+    assert digest.hexdigest() == sources.sha256_file(path)
+    write(path, b'{"text": "fine"}\n' + b'{"text": ' + b"[" * 200_000 + b"\n")
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        list(read_documents(path))
+
+
+def test_a_link_in_the_folder_is_read_and_left_alone(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "a.txt", lines(200))
+    (tmp_path / "in").mkdir()
+    try:
+        (tmp_path / "in" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    except OSError:
+        pytest.skip("no right to make links")
+    _, texts = run(tmp_path, documents="lines")
+    assert len(texts) == 200
+    assert (tmp_path / "elsewhere" / "a.txt").read_text(encoding="utf-8") == lines(200)
+    assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["a.txt"]

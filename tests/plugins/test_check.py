@@ -24,6 +24,7 @@ EXAMPLES = dict(re.findall(r"^```python file=plugins/(\S+)\n(.*?)^```$", DOCS, r
 BUNDLED = sorted(p.relative_to(REPO).as_posix() for p in (REPO / "plugins").glob("*/*.py"))
 WritePlugin = Callable[[str, str], str]
 FILE = "plugins/strategies/mine.py"
+SAVES = "@hookimpl\ndef save_state(self):\n    return {'a': 1}\n"
 
 
 def check(*args: str) -> Result:
@@ -118,20 +119,22 @@ def test_required_strategy_takes_part(mine: Callable) -> None:
         ("@hookimpl\ndef adjust_plan(self):\n    raise ValueError('boom')", 7),
         ("def available(self, facts, profile):\n    raise ValueError('boom')", 6),
         ("@hookimpl\ndef prepare_model(self):\n    raise SystemExit('boom')", 7),
+        (f"{SAVES}@hookimpl\ndef load_state(self):\n    raise ValueError('boom')", 10),
+        (f"{SAVES}@hookimpl\ndef load_state(self, state):\n    raise ValueError('boom', state)", 10),
     ],
 )
 def test_hook_that_raises(mine: Callable, body: str, line: int) -> None:
     result = mine(body)
-    hook = re.findall(r"def (\w+)", body)[0]
+    hook = re.findall(r"def (\w+)", body)[-1]
     assert result.exit_code == 3 and "FAIL" in result.output
-    assert f"{FILE}:{line}: {hook}(): " in result.output and "boom" in result.output, result.output
+    assert f"{FILE}:{line}: {hook}() failed: " in result.output and "boom" in result.output, result.output
 
 
 def test_two_hooks_that_raise_are_both_reported(mine: Callable) -> None:
     body = "@hookimpl\ndef on_step_end(self):\n    1 / 0\n@hookimpl\ndef on_train_end(self):\n    [][1]"
     output = mine(body, "affects = 'recipe'").output
-    assert f"{FILE}:7: on_step_end(): ZeroDivisionError" in output
-    assert f"{FILE}:10: on_train_end(): IndexError" in output
+    assert f"{FILE}:7: on_step_end() failed: ZeroDivisionError" in output
+    assert f"{FILE}:10: on_train_end() failed: IndexError" in output
 
 
 def test_loss_that_is_no_number(mine: Callable) -> None:
@@ -158,8 +161,8 @@ def test_optimizer_that_misses_parameters(mine: Callable) -> None:
         "    return torch.optim.SGD([p for p in build.model.parameters() if p.dim() > 1], lr=build.lr)"
     )
     result = mine(body, "affects = 'recipe'")
-    assert result.exit_code == 3 and f"{FILE}: optimizer groups: missing" in result.output
-    assert "make_optimizer() must hold every parameter exactly once" in result.output
+    assert result.exit_code == 3 and f"{FILE}:5: make_optimizer() must hold every parameter" in result.output
+    assert "exactly once; optimizer groups: missing" in result.output
 
 
 def test_execution_strategy_that_changes_the_numbers(mine: Callable) -> None:
@@ -210,7 +213,9 @@ def test_file_outside_the_project(project: Project, tmp_path_factory: pytest.Tem
     assert result.exit_code == 0 and "with mine: loss" in result.output, result.output
     assert not (path.parent / "__pycache__").exists()
     path.write_text(strategy("@hookimpl\ndef prepare_model(self):\n    1 / 0"), encoding="utf-8")
-    assert f"{path.resolve().as_posix()}:7: prepare_model(): ZeroDivisionError" in check(str(path)).output
+    assert (
+        f"{path.resolve().as_posix()}:7: prepare_model() failed: ZeroDivisionError" in check(str(path)).output
+    )
 
 
 def test_file_that_is_not_there(project: Project) -> None:
@@ -263,7 +268,7 @@ def test_json_of_a_bad_plugin(project: Project, write_plugin: WritePlugin) -> No
     result = check("mine", "--json")
     document = json.loads(result.stdout)
     assert result.exit_code == 3 and not document["ok"] and not document["steps"][-1]["ok"]
-    assert f"{FILE}:7: step_context(): ZeroDivisionError" in document["steps"][-1]["problems"][0]
+    assert f"{FILE}:7: step_context() failed: ZeroDivisionError" in document["steps"][-1]["problems"][0]
 
 
 # ---- what it leaves behind: nothing

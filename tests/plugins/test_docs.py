@@ -20,7 +20,7 @@ import core
 from core.cli import main
 from core.hookspecs import API_VERSION, GIB, PROJECT, Build, Facts, HardwareProfile, Phase, Plan, Strategy
 from core.optim import check_groups
-from core.plan import resolve, runtime
+from core.plan import resolve, runtime, saved_state
 from core.plugins import DISCOVERY_HOOKS, RUNTIME_HOOKS, Registry
 from core.project import Project
 
@@ -95,7 +95,8 @@ def test_attributes_of_build() -> None:
 
 def test_versions_variables_and_messages_are_the_real_ones() -> None:
     assert f"PLUGIN_API = {API_VERSION}" in TEXT
-    source = "".join((REPO / "core" / name).read_text(encoding="utf-8") for name in ("plugins.py", "plan.py"))
+    names = ("plugins.py", "plan.py", "plugin_guard.py")
+    source = "".join((REPO / "core" / name).read_text(encoding="utf-8") for name in names)
     table = TEXT.split("| it says |")[1].split("\n\n")[0]
     said = [
         phrase for row in table.splitlines()[2:] for phrase in re.findall(r"`([^`]+)`", row.split("|")[1])
@@ -191,6 +192,8 @@ def test_method_example_loads_plans_and_runs(project: Project, write_plugin: Wri
         assert plan.env["OMP_NUM_THREADS"].value == "8"
     if hook in ("adjust_plan", "configure_env", "check_plan"):
         return
+    import torch
+
     said: list[str] = []
     build = tiny_build(plan, said)
     given = {
@@ -198,6 +201,7 @@ def test_method_example_loads_plans_and_runs(project: Project, write_plugin: Wri
         "build": build,
         "step": 5,
         "metrics": {"loss": 2.0, "grad_norm": 101.0, "val_loss": 2.0},
+        "state": {"average": torch.ones(2)},
     }
     answer = getattr(runtime(plan).hook, hook)(**{name: given[name] for name in RUNTIME_HOOKS[hook]})
     if hook == "step_context":
@@ -205,8 +209,10 @@ def test_method_example_loads_plans_and_runs(project: Project, write_plugin: Wri
             pass
     if hook == "make_optimizer":
         check_groups(build.model, answer)
-    if hook in ("accelerator_kwargs", "make_optimizer", "step_context"):
+    if hook in ("accelerator_kwargs", "make_optimizer", "step_context", "save_state"):
         assert answer
+    if hook == "load_state":
+        assert saved_state(plan, build)["example"]["average"].tolist() == [1, 1]
     if hook.startswith("on_"):
         assert len(said) == 1
 

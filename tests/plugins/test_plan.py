@@ -228,19 +228,25 @@ def test_runtime_hooks_run_in_that_order(project: Project, write_plugin: WritePl
 
             @hookimpl
             def make_optimizer(self, build):
-                return self.name if self.name != "first" else None
+                import torch
+
+                lr = {"first": 0, "middle": 0.1, "last": 0.2}[self.name]
+                return torch.optim.SGD(build.model.parameters(), lr) if lr else None
 
         @hookimpl
         def strategies():
             return [Noisy("last", Phase.LOOP), Noisy("first", Phase.ENV), Noisy("middle", Phase.MODEL)]
         """,
     )
+    import torch
+
     plan = plan_for(project, load(project), "cpu", hardware=add("last", "middle", "first"))
     said: list[str] = []
     hook = runtime(plan).hook
     hook.on_train_end(build=SimpleNamespace(say=said.append))
     assert said == ["first", "middle", "last"]
-    assert hook.make_optimizer(build=None) == "middle"  # the first that returns one
+    optimizer = hook.make_optimizer(build=SimpleNamespace(model=torch.nn.Linear(1, 1), simulated=False))
+    assert optimizer.defaults["lr"] == 0.1  # the first that returns one
 
 
 def test_cycle(project: Project, write_plugin: WritePlugin) -> None:
@@ -629,7 +635,7 @@ def test_two_strategies_that_want_different_values(project: Project, write_plugi
     write_plugin("strategies/setter.py", SETTER.replace("VALUE", '("0", "because")'))
     hardware = add("debug", "setter", remove=("allocator",))
     message = refusal(project, load(project), hardware=hardware)
-    assert "debug wants CUDA_LAUNCH_BLOCKING=1, setter wants 0: remove one of them" in message
+    assert "debug wants CUDA_LAUNCH_BLOCKING=1, setter wants 0: keep one" in message
     write_plugin("strategies/setter.py", SETTER.replace("VALUE", '("1", "because")'))
     assert plan_for(project, load(project), hardware=hardware).env["CUDA_LAUNCH_BLOCKING"].value == "1"
 
@@ -640,7 +646,8 @@ def test_environment_value_that_is_no_pair_of_strings(
 ) -> None:
     write_plugin("strategies/setter.py", SETTER.replace("VALUE", value))
     message = refusal(project, load(project), hardware=add("setter"))
-    assert "'setter'" in message and "configure_env" in message and "CUDA_LAUNCH_BLOCKING" in message
+    assert "plugins/strategies/setter.py:6: configure_env() must return" in message
+    assert "CUDA_LAUNCH_BLOCKING" in message and "remove: [setter]" in message
 
 
 def test_debug_is_loud(project: Project, registry: Registry) -> None:
@@ -667,7 +674,8 @@ def failing(hook: str, body: str) -> str:
 def test_failing_hook_names_its_strategy(project: Project, write_plugin: WritePlugin, hook: str) -> None:
     write_plugin("strategies/bad.py", failing(hook, "return plan.nothing"))
     message = refusal(project, load(project), hardware=add("bad"))
-    assert f"strategy 'bad': {hook}() failed: AttributeError" in message and "'nothing'" in message
+    assert message.startswith(f"plugins/strategies/bad.py:7: {hook}() failed: AttributeError"), message
+    assert "'nothing'" in message and "hardware.strategies.remove: [bad]" in message
 
 
 def test_failing_available_names_its_strategy(project: Project, write_plugin: WritePlugin) -> None:
@@ -675,7 +683,7 @@ def test_failing_available_names_its_strategy(project: Project, write_plugin: Wr
     source += "    def available(self, facts, profile):\n        return facts.nothing\n\n"
     write_plugin("strategies/bad.py", source + "@hookimpl\ndef strategies():\n    return Bad()\n")
     message = refusal(project, load(project), hardware=add("bad"))
-    assert "strategy 'bad': available() failed: AttributeError" in message
+    assert message.startswith("plugins/strategies/bad.py:6: available() failed: AttributeError"), message
 
 
 def test_checks_are_collected(project: Project, write_plugin: WritePlugin) -> None:

@@ -387,7 +387,12 @@ def test_accumulation_of_a_huge_batch_is_no_search(registry: Registry) -> None:
     """Every divisor, largest first, of a batch whose sequences nobody could count through."""
     sequences = 2**20 * 3**10
     plan = SimpleNamespace(
-        sequences=sequences, num_processes=1, micro_batch=None, options={"accumulation": {}}
+        sequences=sequences,
+        num_processes=1,
+        micro_batch=None,
+        micro_batches=(),
+        values={},
+        options={"accumulation": {}},
     )
     plan.options["accumulation"] = {"max_micro_batch_tokens": 0}
     plan.set = lambda *args, **kwargs: None

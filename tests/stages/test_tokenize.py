@@ -1,5 +1,6 @@
 """The tokenize stage: exit codes, messages without a traceback, nothing heavy imported."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -19,10 +20,10 @@ def write_documents(project, train, val):
     project.documents.mkdir(parents=True)
     manifest = {"source": "test"}
     for split, text in (("train", train), ("val", val)):
-        (project.documents / f"{split}.jsonl").write_text(
-            json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-        )
-        manifest[split] = {"documents": 1, "bytes": len(text.encode())}
+        line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+        (project.documents / f"{split}.jsonl").write_bytes(line)
+        sha256 = hashlib.sha256(line).hexdigest()
+        manifest[split] = {"documents": 1, "bytes": len(text.encode()), "sha256": sha256}
     (project.documents / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -42,7 +42,7 @@ def test_interrupted_exits_75_and_keeps_the_last_model(ready, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("core.trainer.optimizer_step", interrupt)
-    result = CliRunner().invoke(main, [])
+    result = CliRunner().invoke(main, ["--fresh"])
     assert result.exit_code == 75
     assert (project.final_model / "model.safetensors").read_bytes() == before
 
@@ -57,8 +57,8 @@ def test_full_disk_exits_4_and_keeps_the_last_model(ready, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    result = CliRunner().invoke(main, [])
+    monkeypatch.setattr("core.checkpoint.write_tensors", full)
+    result = CliRunner().invoke(main, ["--fresh"])
     assert result.exit_code == 4
     assert "No space left" in result.output and "Traceback" not in result.output
     assert (project.final_model / "model.safetensors").read_bytes() == before

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import tempfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -169,11 +170,40 @@ def test_gpt2_damaged_file_is_named_and_not_used(no_caches, monkeypatch):
         Tokenizer.gpt2()
 
 
-def test_gpt2_run_of_blanks_it_cannot_cut(tokenizers):
+def test_gpt2_run_of_blanks_it_cannot_cut(tokenizers, monkeypatch):
     text = " " * 3_000_000 + "x"
+    assert tokenizers["gpt2"].decode(tokenizers["gpt2"].encode(text)) == text, "in chunks it can"
+    monkeypatch.setattr(core.tokenizer, "CHUNK", 1 << 24)
     with pytest.raises(UserError, match=r"tokenizer\.kind: gpt2"):
         tokenizers["gpt2"].encode(text)
     assert tokenizers["bpe"].decode(tokenizers["bpe"].encode(text)) == text
+
+
+# --- long texts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("chunk", "reach"), [(50, 20), (997, 300), (1 << 18, 1 << 14)])
+def test_chunks_do_not_change_the_ids(tokenizers, kind, chunk, reach, monkeypatch):
+    rng = random.Random(5)
+    letters = "abəşIé²½7 _-.,'’s\n\r\t\u0307\u3000\u302a\u2028“”…，。<|"
+    mixed = "".join(rng.choices(letters, k=30_000 if chunk < 1 << 18 else 600_000))
+    text = sample_text(30_000 if chunk < 1 << 18 else 600_000, seed=3) + mixed + "你好，世界。\n" * 3000
+    tokenizer = tokenizers[kind]
+    monkeypatch.setattr(core.tokenizer, "CHUNK", chunk)
+    monkeypatch.setattr(core.tokenizer, "REACH", reach)
+    parts = list(core.tokenizer.chunks(text))
+    assert "".join(parts) == text and len(parts) > 2 and max(map(len, parts)) <= chunk
+    assert np.array_equal(
+        tokenizer.encode(text), tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+    )
+
+
+@pytest.mark.parametrize("run", ["a", "ə", "你", " ", "\n", "=", "7", "\u0301", "😀"])
+def test_a_run_without_end_keeps_every_character(tokenizers, run):
+    text = run * 700_000
+    for tokenizer in tokenizers.values():
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -280,6 +310,41 @@ def test_meta_that_is_no_meta(tokenizers, tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="tokenize"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_pattern_that_is_not_ours_is_refused(tokenizers, tmp_path):
+    """Consistent with its own hash all the same: (?!) cuts every text to nothing."""
+    Tokenizer("bpe", "(?!)", tokenizers["bpe"].ranks).save(tmp_path / "pattern")
+    Tokenizer("bpe", tokenizers["bpe"].pattern, tokenizers["bpe"].ranks, "e").save(tmp_path / "special")
+    Tokenizer("b" * 60_000, tokenizers["bpe"].pattern, tokenizers["bpe"].ranks).save(tmp_path / "kind")
+    for name in ("pattern", "special", "kind"):
+        with pytest.raises(UserError, match="pattern and special token are not those of") as e:
+            Tokenizer.load(tmp_path / name)
+        assert len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("tokenizer.json", b"[" * 50_000, "nested too deep"),
+        ("tokenizer.json", 1 << 30, "more than 65,536 bytes"),
+        ("vocab.tiktoken", 1 << 30, "more than 67,108,864 bytes"),
+        ("vocab.tiktoken", b"A" * (1 << 25), "line 1"),
+        ("vocab.tiktoken", b"\n" * 1000, "line 1"),
+    ],
+)
+def test_absurd_files_are_refused_at_once(tokenizers, tmp_path, name, content, why):
+    tokenizers["byte"].save(tmp_path)
+    with (tmp_path / name).open("wb") as f:
+        f.truncate(content) if isinstance(content, int) else f.write(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=why) as e:
+            Tokenizer.load(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(str(e.value)) < 500 and peak < 8 << 20
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.tiktoken"])

@@ -1,13 +1,16 @@
 """Token shards: what is written is what the tokenizer says, whatever the threads, or nothing is written."""
 
+import hashlib
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 from helpers import make_project, sample_text
 
 import core.tokens
+from core import faults
 from core.errors import UserError
 from core.tokenizer import Tokenizer
 from core.tokens import TokenShards, spread, tokenize
@@ -23,8 +26,10 @@ def write_documents(project, train, val):
     manifest = {"source": "test"}
     for split, texts in (("train", train), ("val", val)):
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        (project.documents / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-        manifest[split] = {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
+        content = "".join(lines).encode()
+        (project.documents / f"{split}.jsonl").write_bytes(content)
+        size, sha256 = sum(len(text.encode()) for text in texts), hashlib.sha256(content).hexdigest()
+        manifest[split] = {"documents": len(texts), "bytes": size, "sha256": sha256}
     (project.documents / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -288,7 +293,7 @@ def test_verify_catches_a_flipped_bit(project):
     tokenize(project, quiet)
     damage(project.tokens / "val_000.bin", lambda data: data.__setitem__(100, data[100] ^ 1))
     TokenShards.open(project.tokens, "val")
-    with pytest.raises(UserError, match=r"(?s)run `tokenize` again.*val_000.bin"):
+    with pytest.raises(UserError, match=r"(?s)val_000.bin: its sha256.*run `tokenize` again"):
         TokenShards.open(project.tokens, "val", verify=True)
     TokenShards.open(project.tokens, "train", verify=True)
 
@@ -307,7 +312,7 @@ def test_truncated_and_missing_shards_are_all_named(project, monkeypatch):
     damage(project.tokens / "train_001.bin", lambda data: data.pop())
     (project.tokens / "train_003.bin").unlink()
     with pytest.raises(
-        UserError, match=r"(?s)`tokenize`.*train_001.bin has 3,999 bytes.*train_003.bin is missing"
+        UserError, match=r"(?s)train_001.bin has 3,999 bytes.*train_003.bin is missing.*`tokenize`"
     ):
         TokenShards.open(project.tokens, "train")
 
@@ -317,22 +322,143 @@ def test_nothing_there(tmp_path):
         TokenShards.open(tmp_path / "tokens", "train")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.update(format=2),
-        lambda m: m.pop("format"),
-        lambda m: m.pop("val"),
-        lambda m: m.update(dtype="float32"),
-        lambda m: m["val"].update(shards=3),
-        lambda m: m["val"]["shards"][0].pop("tokens"),
-        lambda m: m["val"]["shards"][0].update(tokens="x"),
-        lambda m: m["val"].update(tokens=7),
-    ],
-)
-def test_damaged_manifest(project, change):
+CHANGES = {
+    "another format": lambda m: m.update(format=2),
+    "a format that is none": lambda m: m.update(format=["x" * 10_000]),
+    "no format": lambda m: m.pop("format"),
+    "no split": lambda m: m.pop("val"),
+    "a split that is none": lambda m: m.update(val=[]),
+    "another dtype": lambda m: m.update(dtype="float32"),
+    "a dtype that is none": lambda m: m.update(dtype={}),
+    "shards that are none": lambda m: m["val"].update(shards=3),
+    "shards as a mapping": lambda m: m["val"].update(shards={"train_000.bin": 1}),
+    "a shard that is none": lambda m: m["val"].update(shards=["val_000.bin"]),
+    "no tokens": lambda m: m["val"]["shards"][0].pop("tokens"),
+    "tokens in words": lambda m: m["val"]["shards"][0].update(tokens="x"),
+    "tokens as a float": lambda m: m["val"]["shards"][0].update(tokens=1e3),
+    "true tokens": lambda m: m["val"].update(tokens=True),
+    "negative tokens": lambda m: m["val"]["shards"][0].update(tokens=-4),
+    "an empty shard": lambda m: m["val"]["shards"].append({"file": "val_001.bin", "tokens": 0, "sha256": "0" * 64}),
+    "too many tokens": lambda m: m["val"]["shards"][0].update(tokens=10**30),
+    "another sum": lambda m: m["val"].update(tokens=7),
+    "no bytes": lambda m: m["val"].pop("bytes"),
+    "negative bytes": lambda m: m["train"].update(bytes=-1),
+    "no hash": lambda m: m["val"]["shards"][0].update(sha256=None),
+    "no ids": lambda m: m.update(n_vocab=0),
+    "ids that uint16 cannot hold": lambda m: m.update(n_vocab=100_000),
+    "bos that is no id": lambda m: m.update(bos=400),
+    "a tokenizer without hash": lambda m: m.update(tokenizer_sha256=5),
+    "nan": lambda m: m.update(n_vocab=float("nan")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_damaged_manifest(project, name):
     manifest = tokenize(project, quiet)
-    change(manifest)
+    CHANGES[name](manifest)
     (project.tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(UserError, match="`tokenize`"):
+    with pytest.raises(UserError, match=r"(?s)is damaged.*manifest.json.*`tokenize`") as e:
         TokenShards.open(project.tokens, "val")
+    assert len(str(e.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "../../corpus.txt",
+            "../tokens/val_000.bin",
+            "./val_000.bin",
+            "tokenizer/tokenizer.json",
+            "train_000.bin",
+        ),
+        *("val_000.bin\0", "VAL_000.BIN", "val_001.bin", "C:val_000.bin", "..\\val_000.bin", "", ".", "nul"),
+        *("/etc/hostname", "//server/share/x", 5, None, ["val_000.bin"]),
+    ],
+    ids=repr,
+)
+def test_a_manifest_names_nothing_but_its_own_files(project, name, monkeypatch):
+    manifest = tokenize(project, quiet)
+    manifest["val"]["shards"][0]["file"] = name
+    (project.tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    opened = []
+    real = type(project.tokens).open
+    monkeypatch.setattr(
+        type(project.tokens), "open", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
+    )
+    with pytest.raises(UserError, match=r"manifest\.json: val: .* where val_000\.bin belongs"):
+        TokenShards.open(project.tokens, "val", verify=True)
+    assert set(opened) <= {"manifest.json"}
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, 100 << 20, b"", b"null", b"\xff"])
+def test_a_manifest_that_is_none(project, content):
+    tokenize(project, quiet)
+    with (project.tokens / "manifest.json").open("wb") as f:
+        f.truncate(content) if isinstance(content, int) else f.write(content)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        TokenShards.open(project.tokens, "val")
+
+
+def test_a_million_shards(project):
+    manifest = tokenize(project, quiet)
+    manifest["val"]["shards"] *= 1_000_000
+    (project.tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"manifest\.json has more than 4 MiB"):
+        TokenShards.open(project.tokens, "val")
+
+
+def test_verify_catches_ids_beyond_the_vocabulary(project):
+    """Whatever the hash says: one that was made for the damaged file too."""
+    manifest = tokenize(project, quiet)
+    path = project.tokens / "val_000.bin"
+    damage(path, lambda data: data.__setitem__(slice(200, 202), (400).to_bytes(2, "little")))
+    manifest["val"]["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (project.tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"val_000.bin holds the id 400, but there are 400 ids"):
+        TokenShards.open(project.tokens, "val", verify=True)
+
+
+def test_verify_catches_a_manifest_of_another_vocabulary(project):
+    manifest = tokenize(project, quiet)
+    manifest["n_vocab"] += 64
+    (project.tokens / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match="n_vocab and bos are not the tokenizer's"):
+        TokenShards.open(project.tokens, "train", verify=True)
+
+
+def test_verifying_takes_little_memory(project, monkeypatch):
+    monkeypatch.setattr(core.tokens, "SHARD_TOKENS", 1 << 23)
+    tokenizer = Tokenizer.byte()
+    monkeypatch.setattr(core.tokens, "_make_tokenizer", lambda *args: tokenizer)
+    write_documents(project, ["x" * 5_000_000] * 4, VAL)
+    tokenize(project, quiet)
+    tracemalloc.start()
+    try:
+        TokenShards.open(project.tokens, "train", verify=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
+
+
+def test_damaged_documents_are_refused_and_the_old_tokens_stay(project):
+    """A letter for another: every line is JSON and their number is right."""
+    tokenize(project, quiet)
+    before = content(project.tokens)
+    path = project.documents / "train.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"laughed", b"laughtd", 1))
+    with pytest.raises(UserError, match=r"(?s)train\.jsonl is damaged.*sha256.*dvc repro -f -s prepare-data"):
+        tokenize(project, quiet)
+    assert content(project.tokens) == before
+
+
+def test_every_batch_passes_a_point(project, monkeypatch):
+    monkeypatch.setattr(core.tokens, "BATCH", 5000)
+    visits = []
+    faults.when("tokenize.batch", lambda: visits.append(1))
+    try:
+        tokenize(project, quiet)
+    finally:
+        faults.disarm()
+    assert len(visits) > 10

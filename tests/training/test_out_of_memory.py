@@ -16,10 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError, is_out_of_memory
+from core.keeper import Cursor
 from core.launch import planned, run_training
 from core.measure import smaller
 from core.plan import runtime
-from core.survive import Survivor, cut, random_state
+from core.snapshot import random_state
+from core.survive import Survivor, cut
 from core.trainer import build_training, make_accelerator, optimizer_step
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
@@ -56,7 +58,8 @@ class Bench:
             self.said.append,
         )
         self.build.model.train()
-        self.step = lambda window: optimizer_step(self.build, hook, window, 1.0)
+        self.cursor = Cursor()
+        self.step = lambda window: optimizer_step(self.build, hook, window, 1.0, self.cursor)
         self.start = copy.deepcopy((self.build.model.state_dict(), self.build.optimizer.state_dict()))
 
     def back(self) -> None:
@@ -64,6 +67,7 @@ class Bench:
         self.build.model.load_state_dict(weights)
         self.build.optimizer.load_state_dict(moments)
         self.build.model.zero_grad(set_to_none=True)
+        self.cursor.step = self.cursor.micro_batches = 0
         torch.manual_seed(5)
 
     def run(
@@ -71,7 +75,7 @@ class Bench:
     ) -> list[torch.Tensor]:
         """Weights and losses of three steps; before the second one something happens."""
         self.back()
-        survivor = Survivor(self.build, self.step, micro_batch)
+        survivor = Survivor(self.build, self.step, self.cursor, micro_batch)
         survivor.use(micro_batch, "test")
         found = []
         for number in range(3):
@@ -80,7 +84,7 @@ class Bench:
             if number == 1 and planned_switch:
                 survivor.use(planned_switch, "planned")
             with failing if number == 1 and failing else contextlib.nullcontext():
-                loss, norm = survivor.step(window, number)
+                loss, norm = survivor.step(window)
             found += [loss, norm]
         self.survivor = survivor
         return found + [p.detach().clone() for p in self.build.model.parameters()]
@@ -269,7 +273,7 @@ def test_cutting_a_window_keeps_every_sequence_in_order() -> None:
 
 def test_random_state_is_torchs_on_a_cpu() -> None:
     state = random_state(torch.device("cpu"))
-    assert len(state) == 1 and torch.equal(state[0], torch.get_rng_state())
+    assert "cuda" not in state and torch.equal(state["torch"], torch.get_rng_state())
 
 
 def test_a_whole_run_records_what_happened(ready: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,11 +283,11 @@ def test_a_whole_run_records_what_happened(ready: Any, monkeypatch: pytest.Monke
     project = ready()
     real, steps = optimizer_step, []
 
-    def failing(build: Any, hook: Any, window: Any, grad_clip: float) -> Any:
+    def failing(build: Any, hook: Any, window: Any, *rest: Any) -> Any:
         steps.append(len(window))
         if len(steps) == 3:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasGemmEx`")
-        return real(build, hook, window, grad_clip)
+        return real(build, hook, window, *rest)
 
     monkeypatch.setattr(core.trainer, "optimizer_step", failing)
     lines: list[str] = []
@@ -318,7 +322,7 @@ def test_evaluation_goes_on_with_fewer_sequences(ready: Any, monkeypatch: pytest
 
     monkeypatch.setattr(core.measure, "held_out_batches", failing)
     lines: list[str] = []
-    run_training(project, lines.append)
+    run_training(project, lines.append, fresh=True)
     assert sizes == [8, 4] and any("4 sequences at a time" in line for line in lines)
     again = json.loads((project.reports / "train.json").read_text(encoding="utf-8"))["best_val_loss"]
     assert again == pytest.approx(normal, rel=1e-6)
@@ -355,6 +359,7 @@ def test_what_was_given_up_is_in_the_log_of_a_run_that_ends(
 LIMITED = """
 import resource, sys
 import core.trainer
+from core.keeper import Cursor
 from core.launch import run_training
 from core.project import Project
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -194,11 +195,10 @@ def test_first_loss_far_from_ln_v_stops():
 
 def test_a_second_run_of_the_same_refuses(ready):
     project = ready()
-    with (
-        Run.open(project, "abc"),
-        pytest.raises(Stopped, match="trained by another process"),
-        Run.open(project, "abc"),
-    ):
+    run_ = Run(project.runs / "abc", {})
+    with run_.held(), pytest.raises(Stopped, match=f"trained by process {os.getpid()} on"), run_.held():
+        pass
+    with run_.held():
         pass
 
 
@@ -264,23 +264,6 @@ def test_no_silent_fall_back_to_the_cpu(ready):
     plan.profile = replace(plan.profile, device="cuda", vram_gib=4, compute_capability=(8, 6))
     with pytest.raises(UserError, match="the plan wants cuda, torch offers cpu"):
         make_accelerator(plan, runtime(plan).hook)
-
-
-def test_a_loss_that_is_no_number_stops_the_run(ready, monkeypatch):
-    from core import trainer
-
-    real = trainer.optimizer_step
-
-    def broken(build, hook, window, clip):
-        loss, norm = real(build, hook, window, clip)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) == 4 else loss), norm
-
-    calls: list[int] = []
-    project = ready()  # before: env-check may simulate a step
-    monkeypatch.setattr(trainer, "optimizer_step", broken)
-    with pytest.raises(UserError, match="the loss is nan at step 4"):
-        run(project)
 
 
 def test_last_weights_and_a_final_evaluation_when_time_runs_out_in_an_evaluation(ready, monkeypatch):
