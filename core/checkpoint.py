@@ -62,16 +62,15 @@ def write_tensors(
     """
     partial = private(path)
     try:
-        with partial.open("wb") as f:
-            digest = _Digest()
-            try:
-                for piece in _pieces(tensors, metadata, what):
-                    digest.feed(piece)
-                    f.write(piece)
-            finally:
-                checksum = digest.end()
+        on_a_card = any(t.device.type != "cpu" for t in tensors.values())
+        with partial.open("wb") as f, _Digest(waiting=4 if on_a_card else 0) as digest:
+            for piece in _pieces(tensors, metadata, what):
+                digest.feed(piece)
+                f.write(piece)
+            f.flush()
+            os.fsync(f.fileno())  # the checksum catches up meanwhile
             f.seek(8 + len(PREFIX))
-            f.write(checksum.encode())
+            f.write(digest.end().encode())
             f.flush()
             point(f"{what}.written")
             os.fsync(f.fileno())
@@ -119,13 +118,22 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Digest:
-    """SHA-256 in a thread of its own, so that it costs no time beside the disk."""
+    """SHA-256 in a thread of its own, so that it costs no time beside the disk.
 
-    def __init__(self) -> None:
-        self.pieces: queue.Queue[Any] = queue.Queue(4)
+    waiting: pieces that may wait for it, 0 for any number: those of tensors on the CPU take no memory.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self.pieces: queue.Queue[Any] = queue.Queue(waiting)
         self.hash = hashlib.sha256()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
+
+    def __enter__(self) -> _Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def _work(self) -> None:
         while (piece := self.pieces.get()) is not None:
@@ -135,8 +143,9 @@ class _Digest:
         self.pieces.put(piece)
 
     def end(self) -> str:
-        self.pieces.put(None)
-        self.thread.join()
+        if self.thread.is_alive():
+            self.pieces.put(None)
+            self.thread.join()
         return self.hash.hexdigest()
 
 

@@ -60,6 +60,11 @@ def explain(error: BaseException) -> TightfitError | None:
             f"no permission for {error.filename}: {error.strerror}. Close other programs that "
             "have it open, or make it yours."
         )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return TightfitError(
+            f"a data loader's worker died ({str(error).splitlines()[0]}): the machine may be out of RAM. Run again to "
+            "go on; hardware.options.loader.workers: 0 does without workers"
+        )
     if is_out_of_memory(error):
         what = str(error).partition("\n")[0] or "RAM"
         return UserError(

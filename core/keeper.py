@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,26 +107,36 @@ class Keeper:
                     f"warning: {change} while this run trains: put it back, or its result will be refused"
                 )
 
-    def rescue(self, error: Exception) -> None:
-        """Save before an error ends the run, if the weights are whole: as of the start of the step that failed."""
-        if isinstance(error, StopRequested) or self.build.updating or not self.alone:
-            return
-        c = self.cursor
-        with contextlib.suppress(Exception):  # the error that is on its way matters more
-            c.micro_batches, c.loss = 0, None
-            if c.random is not None:
-                c.random.restore(self.build.accelerator.device)
-            self.build.model.zero_grad(set_to_none=True)
-            self.save(keep_training=False)
-            self.build.say(f"step {c.step} is saved")
+    @contextlib.contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """Where an error ends the run in here, save it first, as it was when the step that failed began.
+
+        Not while the optimizer was changing the weights, and not with several processes.
+        """
+        try:
+            yield
+        except StopRequested:
+            raise
+        except Exception:
+            c = self.cursor
+            if not self.build.updating and self.alone:
+                with contextlib.suppress(Exception):  # the error that is on its way matters more
+                    c.micro_batches, c.loss = 0, None
+                    if c.random is not None:
+                        c.random.restore(self.build.accelerator.device)
+                    self.build.model.zero_grad(set_to_none=True)
+                    self.save(keep_training=False)
+                    self.build.say(f"step {c.step} is saved")
+            raise
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         import torch
 
         c = self.cursor
         tensors, state = capture(self.build)
-        finite = [t.isfinite().all() for name, t in tensors.items() if name.startswith("model/")]
-        if not torch.stack([f.to(finite[0].device) for f in finite]).all():
+        # Smallest and largest: isfinite() would need a byte per weight, which a full card may not have.
+        ends = [torch.stack(t.aminmax()) for name, t in tensors.items() if name.startswith("model/")]
+        if not torch.stack([e.float() for e in ends]).isfinite().all():
             raise UserError(
                 f"the weights are not finite at step {c.step}: set a smaller train.lr. Checkpoints of before are in "
                 f"{self.run.folder}"

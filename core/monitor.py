@@ -247,7 +247,9 @@ def peak_resident() -> int:
         return int(now.peak_wset)
     import resource
 
-    if sys.platform == "linux":  # getrusage there counts the parent's peak in, as it was when it started this process
+    if (
+        sys.platform == "linux"
+    ):  # getrusage there counts the parent's peak in, as it was when it started this process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return max(now.rss, int(status.partition("VmHWM:")[2].split()[0]) * 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # getrusage(2): KiB; bytes on macOS

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from core.batches import Positions, Windows, micro_batches
-from core.errors import PluginError, Stopped, TightfitError, UserError
+from core.errors import PluginError, Stopped, UserError
 from core.faults import point, spoil
 from core.hookspecs import Build, Plan
 from core.journal import Journal
@@ -78,6 +78,30 @@ def train(
         if numbers.fp16 and (cursor.step == 0 or (cursor.step + 1) % params.eval_interval == 0):
             numbers.look_for_underflow(cursor.step + 1)
 
+    def evaluate() -> None:
+        at_once = min(journal.at_once, survivor.micro_batch)
+        measured = measure(
+            build.model, accelerator, held_out, bytes_of, at_once, params.eval_tokens, progress.say, leave
+        )
+        record = journal.evaluation(cursor.step, measured)
+        hook.on_evaluate_end(build=build, step=cursor.step, metrics=record)
+        journal.write(record)
+        progress.say(evaluation_line(record, journal))
+        keeper.save(keep_training=not done)
+        journal.save_weights(tokenizer, cursor.step, done)
+
+    def log() -> list[str]:
+        """The only place that waits for the device. Returns what the progress line shows."""
+        step = cursor.step
+        loss, grad_norm = numbers.read()
+        if step == 1:
+            check_loss(loss, step, config.vocab_size)
+        record = journal.step(step, loss, lr, grad_norm, clock.lap(step))
+        hook.on_step_end(build=build, step=step, metrics=record)
+        journal.write(record)
+        memory.look(step, record)
+        return step_line(record, budget.seconds_left(step, cursor.seconds))
+
     survivor = Survivor(
         build,
         lambda window: optimizer_step(build, hook, window, params.grad_clip, cursor, leave, inspect),
@@ -101,67 +125,33 @@ def train(
             done = budget.spent(cursor.step, cursor.seconds)
             if journal.evaluated == cursor.step:
                 journal.save_weights(tokenizer, cursor.step, done)
-            positions = Positions(
-                plan.sequences,
-                survivor.planned,
-                accelerator.process_index,
-                accelerator.num_processes,
-                cursor.step,
-            )
+            share = accelerator.process_index, accelerator.num_processes
+            positions = Positions(plan.sequences, survivor.planned, *share, cursor.step)
             batches = micro_batches(windows, positions, plan)
             clock.start(cursor)
             build.model.train()
             point("train.loop")
             while True:
                 if journal.evaluated < cursor.step and (done or cursor.step % params.eval_interval == 0):
-                    measured = measure(
-                        build.model,
-                        accelerator,
-                        held_out,
-                        bytes_of,
-                        min(journal.at_once, survivor.micro_batch),
-                        params.eval_tokens,
-                        progress.say,
-                        leave,
-                    )
-                    record = journal.evaluation(cursor.step, measured)
-                    hook.on_evaluate_end(build=build, step=cursor.step, metrics=record)
-                    journal.write(record)
-                    progress.say(evaluation_line(record, journal))
-                    keeper.save(keep_training=not done)
-                    journal.save_weights(tokenizer, cursor.step, done)
-                    clock.skip()
+                    with clock.aside():
+                        evaluate()
                 if done:
                     break
                 leave()
                 point("train.window")
                 lr = set_lr(build, params, cursor.step, budget.share(cursor.step, clock.seconds()))
-                try:
+                with keeper.rescuing():
                     loss, grad_norm = survivor.step(list(islice(batches, survivor.loads)))
-                except Exception as error:
-                    keeper.rescue(error)
-                    raise
-                step = cursor.step
                 cursor.seconds = clock.seconds()
-                done = budget.spent(step, cursor.seconds)
-                numbers.add(step, loss, grad_norm)
+                done = budget.spent(cursor.step, cursor.seconds)
+                numbers.add(cursor.step, loss, grad_norm)
 
-                evaluating = done or step % params.eval_interval == 0
-                logging = evaluating or step == 1 or step % params.log_interval == 0
-                fields = []
-                if logging:  # the only place that waits for the device
-                    value, norm = numbers.read()
-                    if step == 1:
-                        check_loss(value, step, config.vocab_size)
-                    record = journal.step(step, value, lr, norm, clock.lap(step))
-                    hook.on_step_end(build=build, step=step, metrics=record)
-                    journal.write(record)
-                    memory.look(step, record)
-                    fields = step_line(record, budget.seconds_left(step, cursor.seconds))
-                progress.advance(step, fields, logging)
+                evaluating = done or cursor.step % params.eval_interval == 0
+                logging = evaluating or cursor.step == 1 or cursor.step % params.log_interval == 0
+                progress.advance(cursor.step, log() if logging else [], logging)
                 if (logging or keeper.alone) and not evaluating and keeper.together(keeper.due()):
-                    keeper.save()
-                    clock.skip()
+                    with clock.aside():
+                        keeper.save()
                 if logging and not keeper.alone and keeper.together(bool(stop.requested)):
                     raise StopRequested(stop.requested or "a signal to another process")
         except StopRequested as request:
@@ -169,13 +159,6 @@ def train(
             raise Stopped(
                 f"stopped by {request} after step {cursor.step}; everything is saved in {run.folder}. Run the same "
                 "command again (or `dvc repro`) to go on"
-            ) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TightfitError(
-                f"a data loader's worker died ({str(error).splitlines()[0]}): the machine may be out of RAM. Run again "
-                "to go on; hardware.options.loader.workers: 0 does without workers"
             ) from None
         finally:
             journal.close()
@@ -424,9 +407,12 @@ class Clock:
         self.lap_step, self.lap_started = step, now
         return rate
 
-    def skip(self) -> None:
-        """What happened since the last lap was no training."""
-        self.lap_started = time.perf_counter()
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens in here is no training: it does not count for the rate."""
+        start = time.perf_counter()
+        yield
+        self.lap_started += time.perf_counter() - start
 
 
 def step_line(record: dict[str, Any], seconds_left: float) -> list[str]:

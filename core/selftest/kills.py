@@ -64,7 +64,7 @@ def random_kills(lab: Lab, times: int) -> Outcome:
                     life.kill()
                     kills, killed = kills + 1, killed + 1
             found = life.end()
-            if found.code != -signal.SIGKILL:
+            if not found.killed:
                 ended = found
                 span = max(0.1, time.monotonic() - start)
         runs += 1
@@ -82,7 +82,7 @@ def kills_inside_a_save(lab: Lab, times: int) -> Outcome:
             killed = lab.run(project, "train", faults=f"{moment}=kill@{visit}")
             ended = lab.run(project, "train")
             litter = [*run_folder(project).glob(".*"), *run_folder(project).glob("*.refused")]
-            survived = killed.code == -signal.SIGKILL and ended.code == 0 and not litter
+            survived = killed.killed and ended.code == 0 and not litter
             tally.check(f"{moment}, save {visit}: {ended.out[-200:]} {litter}", survived, lab.exact(project))
     return tally.outcome()
 
@@ -182,7 +182,7 @@ def kills_before_training(lab: Lab, times: int) -> Outcome:
         killed = life.end()
         whole = not folder.exists() or hashes(folder) == want[stage]
         ended = lab.run(project, stage)
-        survived = killed.code in (0, -signal.SIGKILL) and whole and ended.code == 0
+        survived = (killed.code == 0 or killed.killed) and whole and ended.code == 0
         tally.check(f"{stage}, kill {i + 1}: {ended.out[-200:]}", survived, hashes(folder) == want[stage])
     return tally.outcome()
 

@@ -142,6 +142,11 @@ class Ended:
     code: int | None
     out: str
 
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended from outside, without being asked: SIGKILL, or TerminateProcess on Windows."""
+        return self.code in (-9, -15, 15)
+
     def says(self, *words: str) -> bool:
         """Whether it ended without a traceback and its output holds every word."""
         return "Traceback" not in self.out and all(word in self.out for word in words)

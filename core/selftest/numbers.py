@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +169,7 @@ def out_of_memory(lab: Lab, times: int) -> Outcome:
         dead = lab.run(killed, "train", faults=f"{faults}, checkpoint.pruned=kill@{4 + i // 4}")
         ended = lab.run(killed, "train")
         same = ended.code == 0 and (killed.final_model / "model.safetensors").read_bytes() == want
-        survived = first.code == 0 and smaller and dead.code == -signal.SIGKILL
+        survived = first.code == 0 and smaller and dead.killed
         tally.check(f"{faults}: {first.out[-200:]} {ended.out[-200:]}", survived, same)
     return tally.outcome("compared: killed after it, with not killed")
 

@@ -20,7 +20,7 @@ from core.keeper import Cursor
 from core.launch import planned, run_training
 from core.measure import smaller
 from core.plan import runtime
-from core.snapshot import random_state
+from core.snapshot import RandomState
 from core.survive import Survivor, cut
 from core.trainer import build_training, make_accelerator, optimizer_step
 
@@ -272,8 +272,8 @@ def test_cutting_a_window_keeps_every_sequence_in_order() -> None:
 
 
 def test_random_state_is_torchs_on_a_cpu() -> None:
-    state = random_state(torch.device("cpu"))
-    assert "cuda" not in state and torch.equal(state["torch"], torch.get_rng_state())
+    state = RandomState.now(torch.device("cpu"))
+    assert state.cuda is None and torch.equal(state.torch, torch.get_rng_state())
 
 
 def test_a_whole_run_records_what_happened(ready: Any, monkeypatch: pytest.MonkeyPatch) -> None:
