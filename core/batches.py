@@ -6,6 +6,8 @@ offset drawn for that epoch; a step takes the next sequences, whatever the micro
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +120,14 @@ def micro_batches(windows: Windows, positions: Positions, plan: Any) -> Iterator
         multiprocessing_context="spawn" if plan["num_workers"] else None,
         generator=torch.Generator(),
     )
-    return iter(loader)
+    if not plan["num_workers"] or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    # Ctrl-C in a terminal reaches the workers too: they shall go on until the run has saved.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def held_out_batches(

@@ -8,6 +8,7 @@ https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSO
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import MediaError, UserError, is_media
+from core.errors import MediaError, PluginError, UserError
 from core.faults import point
 from core.files import fsync_folder, private
 
@@ -36,6 +37,8 @@ PIECE = 8 << 20
 NAME = re.compile(r"(\d{9})-(\d{6})\.safetensors")
 PREFIX = b'{"__metadata__":{"sha256":"'
 UNSIGNED = b"0" * 64
+# What making room may mend: a failing or read-only disk it does not.
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 DTYPES = {
     **{f"float{n}": f"F{n}" for n in (16, 32, 64)},
     **{f"int{n}": f"I{n}" for n in (8, 16, 32, 64)},
@@ -57,8 +60,9 @@ def write_tensors(
     """Write a safetensors file that appears whole, and survives a power cut once this returns.
 
     The checksum covers every byte, its own 64 taken as zeros; it is computed while the disk writes. Needs no more
-    memory than the largest tensor on a card. what: names its points in core/faults.py. Raises OSError; `path` is then
-    what it was, and nothing is left behind.
+    memory than the largest tensor on a card. what: names its points in core/faults.py. Raises OSError; nothing
+    half-written is then left behind, and `path` is what it was, or already the new file where only the folder could not
+    be synced.
     """
     partial = private(path)
     try:
@@ -94,11 +98,15 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: st
     for name in names:
         t = tensors[name]
         start, end = end, end + t.numel() * t.element_size()
-        dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype_name(t), "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     assert text.startswith(PREFIX), "the checksum comes first"
     text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_MAX:
+        raise PluginError(
+            f"a checkpoint's header would have {len(text):,} bytes, more than the {HEADER_MAX:,} that are read back: a "
+            "strategy's save_state should return large values as tensors"
+        )
     point(f"{what}.begin")
     yield len(text).to_bytes(8, "little") + text
     point(f"{what}.header")
@@ -106,6 +114,11 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: st
         data = _bytes(tensors[name])
         for start in range(0, len(data), PIECE):
             yield data[start : start + PIECE]
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """What safetensors calls a tensor's dtype; empty where it has none for it."""
+    return DTYPES.get(str(tensor.dtype).removeprefix("torch."), "")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -126,6 +139,7 @@ class _Digest:
     def __init__(self, waiting: int) -> None:
         self.pieces: queue.Queue[Any] = queue.Queue(waiting)
         self.hash = hashlib.sha256()
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -137,7 +151,10 @@ class _Digest:
 
     def _work(self) -> None:
         while (piece := self.pieces.get()) is not None:
-            self.hash.update(piece)
+            try:
+                self.hash.update(piece)
+            except Exception as e:
+                self.error = e
 
     def feed(self, piece: Any) -> None:
         self.pieces.put(piece)
@@ -146,6 +163,8 @@ class _Digest:
         if self.thread.is_alive():
             self.pieces.put(None)
             self.thread.join()
+        if self.error is not None:
+            raise self.error
         return self.hash.hexdigest()
 
 
@@ -181,14 +200,15 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
-    names: frozenset[str]
+    shapes: dict[str, tuple[str, tuple[int, ...]]]
+    """{tensor: its dtype as safetensors writes it, and its shape}"""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor on the CPU), one at a time; use it before asking for the next."""
         from safetensors import safe_open
 
         with safe_open(self.path, framework="pt") as f:
-            for name in sorted(self.names):
+            for name in sorted(self.shapes):
                 yield name, f.get_tensor(name)
 
 
@@ -214,11 +234,11 @@ def save(
     """
     path = folder / f"{step:09d}-{sequences:06d}.safetensors"
     metadata = {"format": str(FORMAT), "state": json.dumps({**state, "step": step, "sequences": sequences})}
+    older = [p for p in listing(folder)[1:] if p != path]
     try:
         write_tensors(path, tensors, metadata)
     except OSError as e:
-        older = [p for p in listing(folder)[1:] if p != path]
-        if not is_media(e) or not older:
+        if e.errno not in FULL or not older:
             raise
         for p in older:
             p.unlink()
@@ -240,9 +260,10 @@ def read(path: Path) -> Checkpoint:
         state = json.loads(metadata["state"])
         if (state["step"], state["sequences"]) != position(path):
             raise Damaged(f"it is that of step {state['step']}, under another's name")
+        shapes = {name: (t["dtype"], tuple(t["shape"])) for name, t in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise Damaged(f"it is no checkpoint ({type(e).__name__}: {str(e)[:80]})") from None
-    return Checkpoint(path, state, frozenset(header))
+    return Checkpoint(path, state, shapes)
 
 
 def newest(
@@ -250,22 +271,25 @@ def newest(
 ) -> Checkpoint | None:
     """The furthest checkpoint that can be used, or None where there is none at all. What is skipped is said.
 
-    differences: state → what in it belongs to another run. Skipped files are set aside under another name, so that
-    they are never counted among those to keep. Raises UserError where there are files and none is good.
+    differences: state → what in it belongs to another run. Files that cannot be used are set aside under another name,
+    so that they are never counted among those to keep; one that could only not be read stays. Raises UserError where
+    there are files and none is good.
     """
-    skipped: list[tuple[Path, str]] = []
+    skipped: list[tuple[Path, Exception]] = []
     for path in listing(folder):
         try:
             found = read(path)
             if other := differences(found.state):
                 raise Damaged("it belongs to another run: " + "; ".join(other))
         except (Damaged, OSError) as e:
-            skipped.append((path, str(e)))
+            skipped.append((path, e))
             continue
         for bad, why in skipped:
-            bad.replace(bad.with_suffix(".refused"))
+            if isinstance(why, Damaged):
+                bad.replace(bad.with_suffix(".refused"))
             say(f"warning: {bad.name} cannot be used: {why}. Going back to {path.name}")
         return found
+    skipped += [(path, Damaged("set aside earlier")) for path in sorted(folder.glob("*.refused"))]
     if skipped:
         raise UserError(
             [
@@ -292,7 +316,9 @@ def require_room(folder: Path, checkpoint: int, models: int) -> None:
     """
     import shutil
 
-    have = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    have = shutil.disk_usage(folder).free + sum(
+        p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".refused"
+    )
     need = (KEEP + 1) * checkpoint + models
     if have < need:
         raise MediaError(

@@ -31,6 +31,10 @@ class UserError(TightfitError):
     exit_code = 2
 
 
+class Unsound(UserError):
+    """The numbers of a run have gone bad: what it holds now is not worth keeping."""
+
+
 class PluginError(TightfitError):
     """A plugin that does not load, or strategies that do not work together."""
 

@@ -91,8 +91,9 @@ def disarm() -> None:
 
 
 def arm(spec: str) -> None:
-    """Arm "point=kind@visit, …". Raises UserError naming what it does not know."""
-    problems = []
+    """Arm "point=kind@visit, …", all of it or nothing. Raises UserError naming what it does not know."""
+    problems: list[str] = []
+    wanted: dict[str, Callable[[Any], Any]] = {}
     for part in filter(None, (p.strip() for p in spec.split(","))):
         found = re.fullmatch(r"([\w.]+)=(\w+)(?:@(\d+)(?:-(\d+))?)?", part)
         if not found:
@@ -102,11 +103,14 @@ def arm(spec: str) -> None:
         for word, known in ((name, POINTS), (kind, KINDS)):
             if word not in known:
                 problems.append(f"unknown: {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}")
-        if not problems:
-            start = int(first or 1)
-            _armed[name] = _Visits(kind, start, int(last or start))
+        start = int(first or 1)
+        end = int(last or start)
+        if not 1 <= start <= end:
+            problems.append(f"{part!r}: visits are counted from 1, as in @2 or @2-5")
+        wanted[name] = _Visits(kind, start, end)
     if problems:
         raise UserError(problems, title=VARIABLE)
+    _armed.update(wanted)
 
 
 class _Visits:

@@ -100,8 +100,15 @@ def remove_folder(path: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder's content; the copies are writable, whatever the source's mode."""
-    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    """Copy a folder's content onto the disk; the copies are writable, whatever the source's mode."""
+
+    def copy(a: str, b: str) -> None:
+        with Path(a).open("rb") as f, Path(b).open("wb") as g:
+            shutil.copyfileobj(f, g, 1 << 20)
+            g.flush()
+            os.fsync(g.fileno())
+
+    shutil.copytree(source, target, copy_function=copy, dirs_exist_ok=True)
 
 
 def fsync_folder(path: Path) -> None:

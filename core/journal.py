@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError, is_media
+from core.errors import MediaError, Unsound, UserError, is_media
 from core.faults import point
 from core.hookspecs import GIB, Build, Plan
 from core.monitor import CardMonitor, MemoryWatch, peak_flops
@@ -32,7 +34,7 @@ class Log:
 
     def open(self, length: int) -> list[dict[str, Any]]:
         """Keep the first `length` bytes, as a checkpoint remembers them; return their records."""
-        self.file = self.path.open("r+b" if self.path.exists() else "w+b")
+        self.file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
         kept = self.file.read(length)
         kept = kept[: kept.rfind(b"\n") + 1]
         records, bad = [], 0
@@ -58,8 +60,9 @@ class Log:
             point("train.log")
             self.file.seek(self.length)
             self.file.truncate()
-            self.file.write(b"".join(self.waiting))
-            self.file.flush()
+            text = b"".join(self.waiting)
+            if self.file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             if not is_media(e):
                 raise
@@ -74,12 +77,14 @@ class Log:
     def sync(self) -> int:
         """Wait until it is on the disk; return its length [bytes]."""
         if self.file is not None and not self.waiting:
-            os.fsync(self.file.fileno())
+            with contextlib.suppress(OSError):  # a checkpoint that cannot be written either will say so
+                os.fsync(self.file.fileno())
         return self.length
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self.file.close()
 
 
 class Journal:
@@ -113,6 +118,10 @@ class Journal:
         records = (
             self.log.open(state["log_bytes"] if state else 0) if self.accelerator.is_main_process else []
         )
+        if state:
+            for record in state["unwritten"]:  # the disk refused them in the life that was killed
+                self.log.write(record)
+            records += [{key: _unplain(v) for key, v in record.items()} for record in state["unwritten"]]
         self.losses = [r for r in records if "tokens_per_second" in r]
         self.evaluations = [r for r in records if "val_loss" in r]
         if state:
@@ -122,7 +131,8 @@ class Journal:
             self.losses = (
                 self.losses or state["recent"]
             )  # a log that was lost takes the curves with it, not the run
-            self.evaluations = self.evaluations or state["last_evaluation"]
+            if self.evaluations[-1:] != state["last_evaluation"]:
+                self.evaluations += state["last_evaluation"]
             self.memory.peak = max(self.memory.peak, state["peak_memory"])
 
     def state(self) -> dict[str, Any]:
@@ -131,6 +141,7 @@ class Journal:
         best = self.best if math.isfinite(self.best) else None
         return {
             "log_bytes": self.log.sync(),
+            "unwritten": [json.loads(line) for line in self.log.waiting],
             "best": best,
             "best_step": self.best_step,
             "evaluated": self.evaluated,
@@ -166,7 +177,7 @@ class Journal:
     def evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
         """The record of an evaluation. Raises UserError where the model predicts no numbers any more."""
         if not math.isfinite(measured["loss"]):
-            raise UserError(
+            raise Unsound(
                 f"the held-out loss is {measured['loss']} at step {step}: the weights have grown out of bounds. Set a "
                 "smaller train.lr, or more train.warmup_steps"
             )
@@ -198,12 +209,20 @@ class Journal:
         if not self.accelerator.is_main_process or not self.evaluations:
             return
         record = self.evaluations[-1]
+        assert record["step"] == step, "weights are saved when they have been measured"
         facts = {key: record[key] for key in ("step", "tokens", "val_loss")} | {"run": self.run.folder.name}
         for which, wanted in (("best", self.best_step == step), ("last", done)):
             if wanted and self.run.step_of(which) != step:
-                save_model(
-                    self.run.weights(which), self.build.network, tokenizer, {**facts, "weights": which}
-                )
+                folder = self.run.weights(which)
+                try:
+                    save_model(folder, self.build.network, tokenizer, {**facts, "weights": which})
+                except OSError as e:
+                    if not is_media(e):
+                        raise
+                    raise MediaError(
+                        f"the {which} weights, of step {step}, cannot be kept in {folder}: {e.strerror}. Make room and "
+                        "run again: it goes on from its checkpoint"
+                    ) from None
 
     def require_best(self, step: int) -> None:
         """Raise UserError where a run goes on without the best weights of its past, which cannot be made again."""
@@ -212,6 +231,15 @@ class Journal:
             raise UserError(
                 f"{self.run.weights('best')} should hold the best weights so far, of step {self.best_step}, and "
                 f"{'is missing or damaged' if there is None else f'holds those of step {there}'}: put them back, or "
+                "begin this run afresh: python -m stages.train --fresh"
+            )
+
+    def require_weights(self, which: str, step: int) -> None:
+        """Raise UserError where the weights that shall become the final model are not there."""
+        wanted = self.best_step if which == "best" else step
+        if self.accelerator.is_main_process and self.run.step_of(which) != wanted:
+            raise UserError(
+                f"{self.run.weights(which)} should hold the weights of step {wanted} and does not: put them back, or "
                 "begin this run afresh: python -m stages.train --fresh"
             )
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core import checkpoint
-from core.errors import MediaError, UserError, is_media
+from core.errors import MediaError, Unsound, is_media
 from core.journal import Journal
 from core.numbers import Numbers
 from core.plan import load_state, saved_state
-from core.run import Run
+from core.run import Run, differences
 from core.snapshot import RandomState, capture, restore, unnamed
 from core.stop import StopRequested
 from core.survive import Survivor
@@ -66,21 +66,22 @@ class Keeper:
         """Whether so much time has passed that a checkpoint should be written."""
         return time.monotonic() - self.saved_at > self.interval
 
-    def together(self, flag: bool) -> bool:
-        """Whether any of the processes says so; the same answer in each."""
+    def together(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any of the processes raises it; the same answers in each."""
         if self.alone:
-            return flag
+            return list(flags)
         import torch
 
-        told = torch.tensor(float(flag), device=self.build.accelerator.device)
-        return bool(self.build.accelerator.reduce(told, "sum").item())
+        told = torch.tensor([float(flag) for flag in flags], device=self.build.accelerator.device)
+        return [bool(raised) for raised in self.build.accelerator.reduce(told, "sum").tolist()]
 
     def save(self, keep_training: bool = True) -> None:
         """Write a checkpoint of this moment. On a full or failing disk: warn and go on, or raise MediaError.
 
-        Raises UserError where the weights are not finite: such a checkpoint would never be good again.
+        Raises Unsound where the weights are not finite: such a checkpoint would never be good again.
         """
         tensors, state = self._contents()
+        self.saved_at = time.monotonic()
         if not self.main:
             return
         self.run.folder.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
@@ -99,7 +100,6 @@ class Keeper:
             if not keep_training:
                 raise MediaError(f"{problem}. The one before is intact: make room, and run again") from None
             self.build.say(f"warning: {problem}. The one before is intact; training goes on and tries again")
-        self.saved_at = time.monotonic()
         for change in self.inputs():
             if change not in self.warned:
                 self.warned.append(change)
@@ -115,7 +115,7 @@ class Keeper:
         """
         try:
             yield
-        except StopRequested:
+        except (StopRequested, Unsound):
             raise
         except Exception:
             c = self.cursor
@@ -137,7 +137,7 @@ class Keeper:
         # Smallest and largest: isfinite() would need a byte per weight, which a full card may not have.
         ends = [torch.stack(t.aminmax()) for name, t in tensors.items() if name.startswith("model/")]
         if not torch.stack([e.float() for e in ends]).isfinite().all():
-            raise UserError(
+            raise Unsound(
                 f"the weights are not finite at step {c.step}: set a smaller train.lr. Checkpoints of before are in "
                 f"{self.run.folder}"
             )
@@ -221,13 +221,16 @@ class Keeper:
             self.build.say(f"note: the strategy {name} kept something in the checkpoint and is off now")
         self.journal.require_best(c.step)
         mine = RandomState.of(rest, f"random/{self.build.accelerator.process_index}")
-        if state["micro_batches"] and self.survivor.micro_batch == state["survivor"]["micro_batch"]:
+        one_then_as_now = self.alone and state["execution"]["num_processes"] == 1
+        same_cut = self.survivor.micro_batch == state["survivor"]["micro_batch"]
+        if state["micro_batches"] and one_then_as_now and same_cut:
             c.micro_batches, c.loss = state["micro_batches"], rest["window/loss"].to(device)
             c.random = RandomState.of(rest, "window/random")
             self.build.accelerator.step = c.micro_batches
         elif state["micro_batches"]:  # cut differently: the window begins again
             self.build.model.zero_grad(set_to_none=True)
-            mine = RandomState.of(rest, "window/random")
+            if self.main:  # the others have masks of their own
+                mine = RandomState.of(rest, "window/random")
         within = f" and {c.micro_batches} micro-batches" if c.micro_batches else ""
         self.build.say(f"going on after step {c.step}{within} ({found.path.name})")
         self.journal.log.write({"step": c.step, "resumed": True})
@@ -266,19 +269,3 @@ def execution(build: Build) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def differences(theirs: Any, ours: Any, at: str = "") -> list[str]:
-    """Where two nested documents differ: "train.lr is 0.1, not 0.2"."""
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        return [
-            line
-            for key in sorted({*theirs, *ours})
-            for line in differences(theirs.get(key), ours.get(key), f"{at}.{key}" if at else key)
-        ]
-    return [] if theirs == ours else [f"{at} is {_short(theirs)}, not {_short(ours)}"]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

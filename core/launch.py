@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import TightfitError, UserError
+from core.errors import Stopped, TightfitError, UserError
 from core.faults import point
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts
@@ -21,7 +21,8 @@ from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
-from core.run import LAUNCHED, Run, fingerprint, identity
+from core.run import Run, fingerprint, identity
+from core.stop import LAUNCHED, Stop
 from core.tokens import TokenShards
 from core.unchanged import unchanged
 
@@ -51,40 +52,57 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
 
 def run_training(project: Project, echo: Callable[[str], None], fresh: bool = False) -> None:
     """Train and write models/final, reports/train.json, curve.tsv and curve_val.tsv. fresh: forget this run's past."""
+    stop = Stop(patient=LAUNCHED in os.environ)
     try:
-        _run_training(project, echo, fresh)
+        if int(os.environ.get("RANK", "0")) > 0:
+            _follow(project, echo, stop)
+            return
+        with unchanged(project, "train") as changes:  # before anything is read
+            _lead(project, echo, stop, changes, fresh)
     except TightfitError as error:
         if LAUNCHED in os.environ:  # launchers end with 1 whatever happened: hand our exit code back
             Path(os.environ[LAUNCHED]).write_text(str(error.exit_code), encoding="utf-8")
         raise
 
 
-def _run_training(project: Project, echo: Callable[[str], None], fresh: bool) -> None:
+def _lead(
+    project: Project, echo: Callable[[str], None], stop: Stop, changes: Callable[[], list[str]], fresh: bool
+) -> None:
+    """The process that speaks and writes; the only one, but with several GPUs."""
     plan, document = planned(project)
     if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
         launch_processes(project, plan, fresh)
         return
     from core.trainer import train
 
-    tokens = TokenShards.open(project.tokens, "train").manifest
-    known = identity(project, document, tokens)
-    run = Run(project.runs / fingerprint(known), known)
-    if int(os.environ.get("RANK", "0")) > 0:
-        train(project, plan, run, echo)
-        return
-    with unchanged(project, "train") as changes, run.held():
+    run = the_run(project, document)
+    with run.held():
         echo(f"run {run.folder.name}")
         if fresh:
             run.forget()
         write_json(
             run.folder / "run.json",
-            {"plan": document, "params": project.params.model_dump(), "identity": known},
+            {"plan": document, "params": project.params.model_dump(), "identity": run.identity},
         )
-        result = train(project, plan, run, echo, changes)
+        result = train(project, plan, run, echo, stop, changes)
         point("train.export")
         write_outputs(project, run, result)
     rate, seconds = result["tokens_per_second"], result["seconds"]
     echo(f"done: {result['steps']} steps in {seconds:.0f} s, {rate:,.0f} tokens/s")
+
+
+def _follow(project: Project, echo: Callable[[str], None], stop: Stop) -> None:
+    """One of the other processes."""
+    plan, document = planned(project)
+    from core.trainer import train
+
+    train(project, plan, the_run(project, document), echo, stop)
+
+
+def the_run(project: Project, document: Mapping[str, Any]) -> Run:
+    """The run that the plan document and the tokens make. Raises UserError where tokens are missing or damaged."""
+    known = identity(project, document, TokenShards.open(project.tokens, "train").manifest)
+    return Run(project.runs / fingerprint(known), known)
 
 
 def launch_processes(project: Project, plan: Plan, fresh: bool) -> None:
@@ -103,20 +121,30 @@ def launch_processes(project: Project, plan: Plan, fresh: bool) -> None:
         told = Path(folder) / "error"
         environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: str(told)}
         command = [sys.executable, "-m", *launcher, "-m", "stages.train", *(["--fresh"] if fresh else [])]
-        with subprocess.Popen(command, cwd=project.root, env=environ) as process:
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:  # the launcher heard it too; give it time to stop its processes
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
-                process.terminate()
-                raise
-        if code:
-            error = TightfitError(
-                f"training in {plan.num_processes} processes failed; the message above says why"
+        with Stop(patient=True) as stop, subprocess.Popen(command, cwd=project.root, env=environ) as process:
+            code = _wait(process, stop)
+        if not code:
+            return
+        words = told.read_text(encoding="utf-8") if told.exists() else ""
+        error = TightfitError(f"training in {n} processes failed; the message above says why")
+        error.exit_code = int(words) if words.isdigit() else 1
+        if error.exit_code == Stopped.exit_code:
+            error = Stopped(
+                f"the {n} processes have stopped: {stop.requested or 'the message above says why'}"
             )
-            error.exit_code = int(told.read_text(encoding="utf-8")) if told.exists() else 1
-            raise error
+        raise error
+
+
+def _wait(process: subprocess.Popen[bytes], stop: Stop) -> int:
+    """Wait for the launcher; hand a request to stop on to it. A terminal sends Ctrl-C to all of them by itself."""
+    told = False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(0.5)
+        if stop.look() and not told:
+            told = True
+            if stop.requested != "SIGINT":
+                process.terminate()
 
 
 def write_outputs(project: Project, run: Run, result: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ class Progress:
         if not self.enabled:
             return
         if self.bar is not None:
-            self.bar.write(line)
+            self._on_terminal(lambda: self.bar.write(line))
         else:
             self.echo(line)
 
@@ -191,15 +191,22 @@ class Progress:
         if not self.enabled:
             return
         if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+            self._on_terminal(lambda: self.bar.update(step - self.bar.n))
             if logged:
-                self.bar.set_postfix_str("  ".join(fields))
+                self._on_terminal(lambda: self.bar.set_postfix_str("  ".join(fields)))
         elif logged:
             self.echo(f"step {step}/{self.total or '?'}  " + "  ".join(fields))
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self._on_terminal(lambda: self.bar.close())
+
+    def _on_terminal(self, write: Callable[[], object]) -> None:
+        """A terminal may be gone while the run goes on (nohup): then nothing is shown any more."""
+        try:
+            write()
+        except OSError:
+            self.enabled, self.bar = False, None
 
 
 def clock_time(seconds: float) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from core.errors import Unsound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Numbers:
     def read(self) -> tuple[float, float]:
         """Wait for the device; return the last step's loss and gradient norm. Skipped steps are told and written.
 
-        Raises UserError where too many were skipped to go on.
+        Raises Unsound where too many were skipped to go on.
         """
         import torch
 
@@ -106,8 +106,8 @@ class Numbers:
         self.build.say(
             f"warning: step {step}: loss {loss}, gradient norm {norm}: not stepped. Its text: {text}"
         )
-        if self.in_a_row == IN_A_ROW:
-            raise UserError(
+        if self.in_a_row >= IN_A_ROW:
+            raise Unsound(
                 f"loss or gradients are not finite in {IN_A_ROW} steps in a row, up to step {step} (its text: {text}). "
                 "The weights are those before. Set a smaller train.lr, more train.warmup_steps, or another precision "
                 "(hardware.strategies)"
@@ -118,7 +118,7 @@ class Numbers:
         self.small_scale = self.small_scale + 1 if scale < 1.0 else 0
         skipped = sum(self.overflowed)
         if 2 * skipped > WATCHED or (scale < 1.0 and sum(self.overflowed[-SCALE_STEPS:]) == SCALE_STEPS):
-            raise UserError(
+            raise Unsound(
                 f"step {step}: fp16's loss scale fell to {scale:g}, and {skipped} of the last {len(self.overflowed)} "
                 "steps were skipped: gradients overflow. Set a smaller train.lr, or train in bf16 or fp32 "
                 "(hardware.strategies.remove: [fp16])"
@@ -152,8 +152,13 @@ class Numbers:
     def state(self) -> dict[str, Any]:
         """Plain values; call `read` first."""
         assert not self.recent
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "overflowed": self.overflowed}
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "overflowed": self.overflowed,
+            "small_scale": self.small_scale,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self.overflowed = list(state["overflowed"])
+        self.overflowed, self.small_scale = list(state["overflowed"]), state["small_scale"]

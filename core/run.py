@@ -38,9 +38,6 @@ NUMERICS = (
     "trainer.py",
 )
 
-# Set for the processes we start, which must not start others: the file that takes their exit code.
-LAUNCHED = "TIGHTFIT_LAUNCHED"
-
 
 def identity(project: Project, plan: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the numbers of a run. plan: the plan document; tokens: the token manifest."""
@@ -61,17 +58,41 @@ def fingerprint(known: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode("utf-8")).hexdigest()[:12]
 
 
+def differences(theirs: Any, ours: Any, at: str = "") -> list[str]:
+    """Where two nested documents differ: "train.lr is 0.1, not 0.2"."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        return [
+            line
+            for key in sorted({*theirs, *ours})
+            for line in differences(theirs.get(key), ours.get(key), f"{at}.{key}" if at else key)
+        ]
+    return [] if theirs == ours else [f"{at} is {_short(theirs)}, not {_short(ours)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def code_sha256(names: tuple[str, ...] = NUMERICS) -> str:
-    """Hash of the syntax trees of core's numerics, docstrings and comments left out."""
-    digest = hashlib.sha256()
+    """Hash of the syntax trees of core's numerics, docstrings and comments left out; the same on every Python."""
+    trees = []
     for name in names:
         tree = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 # A string that stands alone is a docstring; fields of a dataclass have them too.
                 node.body = [s for s in node.body if not _is_docstring(s)]
-        digest.update(ast.dump(tree).encode("utf-8"))
-    return digest.hexdigest()
+        trees.append(_plain(tree))
+    return hashlib.sha256(json.dumps(trees).encode("utf-8")).hexdigest()
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists, without empty fields: those come and go with Python's version, as in ast.dump."""
+    if isinstance(node, ast.AST):
+        fields = {key: _plain(value) for key, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, fields]
+    return [_plain(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def _is_docstring(statement: ast.stmt) -> bool:
@@ -93,7 +114,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         holder = self.folder / "holder.json"
         try:
-            with FileLock(self.folder / "lock", timeout=0):
+            with FileLock(self.folder / "lock", timeout=1):  # somebody may only be looking (is_held)
                 write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
                 yield
         except Timeout:
@@ -115,11 +136,14 @@ class Run:
 
     def clean(self) -> None:
         """Remove what killed lives left half-written. Under the lock only."""
+        for old in self.folder.glob(".*.old"):  # killed between the two renames of core.files.new_folder
+            now = old.with_name(old.name[1:].removesuffix(".old"))
+            remove_folder(old) if now.exists() else old.replace(now)
         for partial in self.folder.glob(".*.partial"):
             remove_folder(partial) if partial.is_dir() else partial.unlink()
 
     def forget(self) -> None:
-        """Remove what it has made so far. Under the lock only."""
+        """Remove what it has made so far, but for the lock. Under the lock only."""
         for path in self.folder.iterdir():
             if path.name not in ("lock", "holder.json"):
                 remove_folder(path) if path.is_dir() else path.unlink()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.checkpoint import Checkpoint
+from core.checkpoint import Checkpoint, dtype_name
 from core.errors import PluginError, UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def capture(build: Build) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if p.grad is not None:
             tensors[f"gradient/{name}"] = p.grad
         for key, value in inner.state.get(p, {}).items():
-            if _is_tensor(value):
+            if _is_tensor(value) and dtype_name(value):
                 tensors[f"optimizer/{key}/{name}"] = value
             else:
                 plain.setdefault(name, {})[key] = _checked(value, f"state[{key!r}]", inner)
@@ -57,27 +57,15 @@ def restore(build: Build, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     parameters = dict(build.network.named_parameters())
     weights, inner = _weights(build), _inner(build)
-    ours = {f"model/{name}" for name in weights}
-    missing = sorted(ours - checkpoint.names)
-    places = {"gradient": 1, "optimizer": 2, "model": 1}
-    foreign = [
-        name
-        for name in checkpoint.names
-        if (kind := name.partition("/")[0]) in places and name.split("/", places[kind])[-1] not in weights
-    ]
-    if missing or foreign:
-        raise UserError(
-            f"{checkpoint.path} is no checkpoint of this network: without {missing[:3]}, with {sorted(foreign)[:3]}"
-        )
+    _require_fit(build, checkpoint)
     rest: dict[str, Tensor] = {}
     with torch.no_grad():
         for full, tensor in checkpoint.tensors():
             kind, _, name = full.partition("/")
             if kind == "model":
-                weights[name].copy_(_fitting(tensor, weights[name], full, checkpoint))
+                weights[name].copy_(tensor)
             elif kind == "gradient":
-                p = parameters[name]
-                p.grad = _fitting(tensor, p, full, checkpoint).to(p.device, copy=True)
+                parameters[name].grad = tensor.to(parameters[name].device, copy=True)
             elif kind == "optimizer":
                 key, _, name = name.partition("/")
                 _put(inner.state[parameters[name]], key, tensor, parameters[name])
@@ -101,13 +89,27 @@ def _put(state: dict[str, Any], key: str, tensor: Tensor, p: Tensor) -> None:
         state[key] = tensor.to(p.device, copy=True)
 
 
-def _fitting(tensor: Tensor, like: Tensor, name: str, checkpoint: Checkpoint) -> Tensor:
-    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+def _require_fit(build: Build, checkpoint: Checkpoint) -> None:
+    """Raise UserError unless a checkpoint holds what this training has, in these shapes, and nothing for others."""
+    weights, inner = _weights(build), _inner(build)
+    wanted = {f"model/{name}": t for name, t in weights.items()}
+    for name, p in build.network.named_parameters():
+        state = inner.state.get(p, {})
+        wanted |= {f"optimizer/{key}/{name}": t for key, t in state.items() if _is_tensor(t)}
+    problems = [f"without {name}" for name in sorted(wanted.keys() - checkpoint.shapes.keys())]
+    for full, (dtype, shape) in sorted(checkpoint.shapes.items()):
+        kind, _, name = full.partition("/")
+        name = name.partition("/")[2] if kind == "optimizer" else name
+        like = wanted.get(full, weights.get(name) if kind == "gradient" else None)
+        if kind in ("model", "gradient", "optimizer") and name not in weights:
+            problems.append(f"with {full}")
+        elif like is not None and (dtype, shape) != (dtype_name(like), tuple(like.shape)):
+            problems.append(f"{full} is {dtype} {shape}, here {dtype_name(like)} {tuple(like.shape)}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"{checkpoint.path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, this network's is {like.dtype} "
-            f"{tuple(like.shape)}"
+            f"{checkpoint.path} is no checkpoint of this training: {'; '.join(problems[:3])}{more}"
         )
-    return tensor
 
 
 def _weights(build: Build) -> dict[str, Tensor]:

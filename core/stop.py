@@ -10,12 +10,16 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh")
 PARENT_SECONDS = 1.0
+LINE = 6
+"""Ancestors among which dvc is looked for."""
+# Set for the processes that we start, which must not start others: the file that takes their exit code.
+LAUNCHED = "TIGHTFIT_LAUNCHED"
 
 
 class StopRequested(Exception):
@@ -23,14 +27,17 @@ class StopRequested(Exception):
 
 
 class Stop:
-    """Context manager that listens while a run trains. patient: later signals do nothing, as launchers send several."""
+    """Context manager that listens while a run trains; made when the stage begins, so that it knows who started it.
+
+    patient: later signals do nothing, as launchers send several.
+    """
 
     def __init__(self, patient: bool = False) -> None:
         self.requested = ""
         self.patient = patient
         self.before: dict[int, Any] = {}
-        self.parents: list[Any] = []
-        self.looked = time.monotonic()
+        self.parents = _parents()
+        self.looked = 0.0
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -39,8 +46,6 @@ class Stop:
                 # nohup ignores SIGHUP for us: so it stays
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._on_signal)
-        if "DVC_STAGE" in os.environ:
-            self.parents = _parents()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,13 +58,19 @@ class Stop:
             for each in self.before:
                 signal.signal(each, signal.SIG_DFL)
 
-    def check(self) -> None:
-        """Raise StopRequested where something asked for it."""
+    def look(self) -> bool:
+        """Whether something asked for an end; looks at the parents once a second."""
         if not self.requested and self.parents and time.monotonic() - self.looked > PARENT_SECONDS:
             self.looked = time.monotonic()
             if not all(map(_lives, self.parents)):
-                self.requested = "`dvc` is gone"
-        if self.requested:
+                self.requested = (
+                    "`dvc` being gone" if "DVC_STAGE" in os.environ else "its launcher being gone"
+                )
+        return bool(self.requested)
+
+    def check(self) -> None:
+        """Raise StopRequested where something asked for it."""
+        if self.look():
             raise StopRequested(self.requested)
 
 
@@ -73,12 +84,28 @@ def _lives(process: Any) -> bool:
 
 
 def _parents() -> list[Any]:
-    """The process that started us, and where that is a shell the one behind it: `dvc repro` runs commands in one."""
+    """The processes that this one shall not outlive: those between it and `dvc`, or between it and our launcher.
+
+    None where neither started it: a training under nohup may outlive its terminal.
+    """
+    import psutil
+
+    if "DVC_STAGE" not in os.environ and LAUNCHED not in os.environ:
+        return []
+    try:
+        parents = psutil.Process().parents()[:LINE]
+    except psutil.Error:
+        return []
+    if LAUNCHED in os.environ:  # torchrun, and the stage that started it, which looks after dvc
+        return parents[:2]
+    # `dvc repro` runs commands in a shell, and a virtual environment's python.exe on Windows starts another
+    return parents[: next((i + 1 for i, p in enumerate(parents) if _is_dvc(p)), 1)]
+
+
+def _is_dvc(process: Any) -> bool:
     import psutil
 
     try:
-        parents = psutil.Process().parents()
-        shell = parents[0].name().removesuffix(".exe").lower() in SHELLS
-    except (psutil.Error, IndexError):
-        return []
-    return parents[: 2 if shell else 1]
+        return any(Path(word).stem.lower() in ("dvc", "dvc-script") for word in process.cmdline()[:4])
+    except psutil.Error:
+        return False

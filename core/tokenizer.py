@@ -144,10 +144,7 @@ class Tokenizer:
         for name, most in MAX_BYTES.items():
             if (folder / name).is_file() and (folder / name).stat().st_size > most:
                 raise _damaged(folder / name, f"it has more than {most:,} bytes")
-        try:
-            meta = read_json(folder / "tokenizer.json", made_by="tokenize")
-        except RecursionError:
-            raise _damaged(folder / "tokenizer.json", "nested too deep") from None
+        meta = read_json(folder / "tokenizer.json", made_by="tokenize")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
             raise _damaged(

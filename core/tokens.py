@@ -376,10 +376,7 @@ def _read_manifest(folder: Path) -> Any:
     path = folder / "manifest.json"
     if path.is_file() and path.stat().st_size > MAX_MANIFEST:
         raise _damaged(folder, [f"manifest.json has more than {MAX_MANIFEST >> 20} MiB"])
-    try:
-        return read_json(path, made_by="tokenize")
-    except RecursionError:
-        raise _damaged(folder, ["manifest.json is nested too deep"]) from None
+    return read_json(path, made_by="tokenize")
 
 
 def _check_manifest(manifest: Any) -> None:

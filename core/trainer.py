@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from core.batches import Positions, Windows, micro_batches
-from core.errors import PluginError, Stopped, UserError
+from core.errors import PluginError, Stopped, Unsound, UserError
 from core.faults import point, spoil
 from core.hookspecs import Build, Plan
 from core.journal import Journal
@@ -29,7 +28,7 @@ from core.optim import adamw, check_groups, lr_factor
 from core.params import Params, TrainParams
 from core.plan import accelerator_kwargs, call, runtime
 from core.project import Project
-from core.run import LAUNCHED, Run
+from core.run import Run
 from core.stop import Stop, StopRequested
 from core.survive import Survivor
 from core.tokenizer import Tokenizer
@@ -49,13 +48,15 @@ def train(
     plan: Plan,
     run: Run,
     echo: Callable[[str], None],
+    stop: Stop,
     inputs: Callable[[], list[str]] = lambda: [],
 ) -> dict[str, Any]:
     """Train the plan's model on the project's tokens, from the run's last checkpoint on; return what a report needs.
 
-    Leaves log.jsonl, checkpoints, and the best and last weights in the run's folder. inputs: what of the run's inputs
-    has changed since it began. Raises UserError where the first loss is not near ln(V), where three in a row are no
-    numbers, or where the launch does not match the plan; Stopped where it was asked to stop, with a checkpoint written.
+    Leaves log.jsonl, checkpoints, and the best and last weights in the run's folder. stop: asks for an end. inputs:
+    what of the run's inputs has changed since it began. Raises Unsound where the first loss is not near ln(V) or where
+    three in a row are no numbers, UserError where the launch does not match the plan, and Stopped, with a checkpoint
+    written, where it was asked to stop.
     """
     params, hook = project.params.train, runtime(plan).hook
     shards, held_out = (TokenShards.open(project.tokens, split, verify=True) for split in ("train", "val"))
@@ -70,7 +71,6 @@ def train(
         check_length(split, config.block_size)
     windows = Windows(shards, config.block_size, project.params.seed)
     bytes_of = Tokenizer.load(tokenizer).token_bytes()
-    stop = Stop(patient=LAUNCHED in os.environ)
     leave = stop.check if accelerator.num_processes == 1 else nothing
 
     def inspect() -> None:
@@ -84,8 +84,10 @@ def train(
             build.model, accelerator, held_out, bytes_of, at_once, params.eval_tokens, progress.say, leave
         )
         record = journal.evaluation(cursor.step, measured)
-        hook.on_evaluate_end(build=build, step=cursor.step, metrics=record)
-        journal.write(record)
+        try:
+            hook.on_evaluate_end(build=build, step=cursor.step, metrics=record)
+        finally:
+            journal.write(record)
         progress.say(evaluation_line(record, journal))
         keeper.save(keep_training=not done)
         journal.save_weights(tokenizer, cursor.step, done)
@@ -97,8 +99,10 @@ def train(
         if step == 1:
             check_loss(loss, step, config.vocab_size)
         record = journal.step(step, loss, lr, grad_norm, clock.lap(step))
-        hook.on_step_end(build=build, step=step, metrics=record)
-        journal.write(record)
+        try:
+            hook.on_step_end(build=build, step=step, metrics=record)
+        finally:
+            journal.write(record)
         memory.look(step, record)
         return step_line(record, budget.seconds_left(step, cursor.seconds))
 
@@ -131,34 +135,46 @@ def train(
             clock.start(cursor)
             build.model.train()
             point("train.loop")
-            while True:
-                if journal.evaluated < cursor.step and (done or cursor.step % params.eval_interval == 0):
-                    with clock.aside():
-                        evaluate()
-                if done:
-                    break
-                leave()
-                point("train.window")
-                lr = set_lr(build, params, cursor.step, budget.share(cursor.step, clock.seconds()))
-                with keeper.rescuing():
+            with keeper.rescuing():
+                while True:
+                    if journal.evaluated < cursor.step and (done or cursor.step % params.eval_interval == 0):
+                        with clock.aside():
+                            evaluate()
+                    if done:
+                        break
+                    leave()
+                    point("train.window")
+                    lr = set_lr(build, params, cursor.step, budget.share(cursor.step, clock.seconds()))
+                    before = cursor.step
                     loss, grad_norm = survivor.step(list(islice(batches, survivor.loads)))
-                cursor.seconds = clock.seconds()
-                done = budget.spent(cursor.step, cursor.seconds)
-                numbers.add(cursor.step, loss, grad_norm)
+                    assert cursor.step == before + 1, "a window is one step"
+                    cursor.seconds = clock.seconds()
+                    done = budget.spent(cursor.step, cursor.seconds)
+                    numbers.add(cursor.step, loss, grad_norm)
 
-                evaluating = done or cursor.step % params.eval_interval == 0
-                logging = evaluating or cursor.step == 1 or cursor.step % params.log_interval == 0
-                progress.advance(cursor.step, log() if logging else [], logging)
-                if (logging or keeper.alone) and not evaluating and keeper.together(keeper.due()):
-                    with clock.aside():
-                        keeper.save()
-                if logging and not keeper.alone and keeper.together(bool(stop.requested)):
-                    raise StopRequested(stop.requested or "a signal to another process")
+                    evaluating = done or cursor.step % params.eval_interval == 0
+                    logging = evaluating or cursor.step == 1 or cursor.step % params.log_interval == 0
+                    progress.advance(cursor.step, log() if logging else [], logging)
+                    leaving, saving = keeper.together(
+                        stop.look() and not keeper.alone, keeper.due() and not evaluating
+                    )
+                    if leaving:
+                        raise StopRequested(stop.requested or "a signal to another process")
+                    if saving:
+                        with clock.aside():
+                            keeper.save()
+            journal.require_weights(params.final_weights, cursor.step)
         except StopRequested as request:
             keeper.save(keep_training=False)
             raise Stopped(
                 f"stopped by {request} after step {cursor.step}; everything is saved in {run.folder}. Run the same "
                 "command again (or `dvc repro`) to go on"
+            ) from None
+        except RuntimeError as error:
+            if not (stop.requested and "DataLoader worker" in str(error)):
+                raise  # a signal to the whole group ends the workers too
+            raise Stopped(
+                f"stopped by {stop.requested} after step {cursor.step}; run the same command again"
             ) from None
         finally:
             journal.close()
@@ -375,12 +391,12 @@ def check_loss(loss: float, step: int, vocab_size: int) -> float:
     """Return the loss. Raises UserError where it is no number, or where the first one is not near ln(V)."""
     expected = math.log(vocab_size)
     if step == 1 and not abs(loss - expected) <= FIRST_LOSS_TOLERANCE:  # catches nan too
-        raise UserError(
+        raise Unsound(
             f"the first loss is {loss:.2f}, a fresh network's is near ln({vocab_size}) = {expected:.2f}: a strategy or "
             "an edit changes the loss or the initial weights"
         )
     if not math.isfinite(loss):
-        raise UserError(
+        raise Unsound(
             f"the loss is {loss} at step {step}: set a smaller train.lr, more train.warmup_steps, or another precision "
             "(hardware.strategies)"
         )

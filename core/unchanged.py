@@ -46,17 +46,31 @@ def unchanged(project: Project, stage: str) -> Iterator[Callable[[], list[str]]]
 
 
 def _inputs(project: Project, stage: str) -> dict[str, Any]:
-    """What the stage reads: {file: what it looks like} and {"params.yaml: key": value}."""
-    wanted = _yaml(project.root / "dvc.yaml").get("stages", {}).get(stage, {})
+    """What the stage reads: {file: what it looks like} and {"file: key": value}."""
+    stages = _yaml(project.root / "dvc.yaml").get("stages")
+    wanted = (stages.get(stage) if isinstance(stages, dict) else None) or {}
     found: dict[str, Any] = {}
-    for dependency in wanted.get("deps", []):
+    for dependency in wanted.get("deps") or []:
         path = project.root / dependency
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found |= {f.relative_to(project.root).as_posix(): _look(f) for f in files if not f.is_dir()}
-    params = _yaml(project.root / "params.yaml") if wanted.get("params") else {}
-    for key in wanted.get("params", []):
-        found |= {f"params.yaml: {name}": value for name, value in _flat(key, params.get(key))}
+        found |= {_name(f, project.root): _look(f) for f in files if not f.is_dir()}
+    for listed in wanted.get("params") or []:  # a key of params.yaml, or {another file: [keys]}
+        for file, keys in ({"params.yaml": [listed]} if isinstance(listed, str) else listed).items():
+            params = _yaml(project.root / file)
+            for key in keys or params:
+                found |= {f"{file}: {name}": value for name, value in _flat(key, _at(params, key))}
     return found
+
+
+def _name(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _at(params: Any, key: str) -> Any:
+    """The value at "train.lr"; None where there is none."""
+    for part in key.split("."):
+        params = params.get(part) if isinstance(params, Mapping) else None
+    return params
 
 
 def _look(path: Path) -> Any:
@@ -88,6 +102,6 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _line(key: str, before: Any, after: Any) -> str:
-    if key.startswith("params.yaml: "):
+    if ": " in key:
         return f"{key} was changed from {before} to {after}"
     return f"{key} {'is gone' if after is None else 'was changed'}"

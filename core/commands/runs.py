@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,10 @@ import click
 
 from core.checkpoint import Damaged, listing, position, read
 from core.cli import command
-from core.errors import UserError, did_you_mean
+from core.errors import TightfitError, UserError, did_you_mean
 from core.files import remove_folder
-from core.keeper import differences
 from core.project import Project
-from core.run import Run
+from core.run import Run, differences
 
 
 @click.group("runs")
@@ -57,9 +58,14 @@ def show(project: Project, name: str) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def gc(project: Project, names: tuple[str, ...], yes: bool) -> None:
     """Remove runs: those named, or all but the one of the present params.yaml. A run in training stays."""
-    chosen = [find(project, name) for name in names] or [
-        run for run in runs_of(project) if run.folder.name != _present(project)
-    ]
+    present = _present(project)
+    if not names and not present:
+        raise UserError(
+            "which run is the present one cannot be told: reports/plan.json and data/tokens do not match params.yaml. "
+            "Run `dvc repro` (or env-check and tokenize) first, or name the runs to remove"
+        )
+    named = {run.folder: run for run in (find(project, name) for name in names)}
+    chosen = list(named.values()) or [run for run in runs_of(project) if run.folder.name != present]
     idle = [run for run in chosen if not run.is_held()]
     for run in chosen:
         row = describe(run)
@@ -74,6 +80,8 @@ def gc(project: Project, names: tuple[str, ...], yes: bool) -> None:
     for run in idle:
         with run.held():
             run.forget()
+            if sys.platform != "win32":  # where an open lock can be removed
+                remove_folder(run.folder)
         remove_folder(run.folder)
     click.echo(f"removed {len(idle)}, {human(total)}")
 
@@ -85,16 +93,13 @@ for sub in (list_, show, gc):
 def runs_of(project: Project) -> list[Run]:
     """The project's runs, the last written first."""
     folders = [p for p in project.runs.iterdir() if p.is_dir()] if project.runs.is_dir() else []
-    return [
-        Run(folder, _document(folder).get("identity") or {})
-        for folder in sorted(folders, key=_written, reverse=True)
-    ]
+    return [Run(folder, _identity(folder)) for folder in sorted(folders, key=_written, reverse=True)]
 
 
 def find(project: Project, name: str) -> Run:
     """The run of that name, or of the only name that begins so. Raises UserError where there is none."""
     known = {run.folder.name: run for run in runs_of(project)}
-    near = [known[n] for n in known if n.startswith(name)]
+    near = [known[name]] if name in known else [known[n] for n in known if n.startswith(name)]
     if len(near) != 1:
         found = f"{len(near)} begin so" if near else f"there is none.{did_you_mean(name, known)}"
         raise UserError(f"run {name!r}: {found} Known: {', '.join(known) or 'none'}")
@@ -155,14 +160,20 @@ def _present(project: Project) -> str:
 
 
 def _present_identity(project: Project) -> dict[str, Any]:
-    from core.files import read_json
+    """Of the run that training would go on with now; empty where plan, tokens and params do not belong together."""
+    from core.launch import planned
     from core.run import identity
+    from core.tokens import TokenShards
 
+    environ = dict(os.environ)
     try:
-        plan = read_json(project.plan, made_by="env-check")
-        return identity(project, plan, read_json(project.tokens / "manifest.json", made_by="tokenize"))
-    except (UserError, KeyError, TypeError):
+        _, document = planned(project)
+        return identity(project, document, TokenShards.open(project.tokens, "train").manifest)
+    except TightfitError:
         return {}
+    finally:
+        os.environ.clear()
+        os.environ.update(environ)
 
 
 def _soundness(path: Path) -> str:
@@ -170,16 +181,16 @@ def _soundness(path: Path) -> str:
         found = read(path)
     except (Damaged, OSError) as e:
         return f"cannot be used: {e}"
-    return f"sound, {len(found.names)} tensors, {human(path.stat().st_size)}"
+    return f"sound, {len(found.shapes)} tensors, {human(path.stat().st_size)}"
 
 
-def _document(folder: Path) -> dict[str, Any]:
-    """run.json; empty where it is missing or damaged."""
+def _identity(folder: Path) -> dict[str, Any]:
+    """What run.json says that the run is; empty where it is missing or damaged."""
     try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
+        return found if isinstance(found["train"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _config(run: Run, which: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from core.files import remove_folder
 from core.selftest.kills import run_folder
 from core.selftest.lab import Lab, Outcome, Tally, fault
 
+ORDER = ["file", "file", "rename", "folder"]  # the data, the checksum over it, the name, the folder
+
 
 def no_root() -> str | None:
     """Why no disk can be made here."""
@@ -46,7 +48,7 @@ def mounted(folder: Path, *arguments: str) -> Iterator[bool]:
 def power_cut(lab: Lab, times: int) -> Outcome:
     """A file is synced before it gets its name, and the folder after; where root allows, real cuts of a loop disk."""
     tally = Tally()
-    tally.check("the order of syncs and rename", _order_of_syncs(lab.folder) == ["file", "rename", "folder"])
+    tally.check("the order of syncs and rename", _order_of_syncs(lab.folder) == ORDER)
     why_not = no_root() or (None if shutil.which("mkfs.ext4") else "there is no mkfs.ext4")
     if times > 1 and why_not is None:
         rng = random.Random(3)
@@ -77,7 +79,7 @@ def _order_of_syncs(folder: Path) -> list[str]:
         checkpoint.write_tensors(folder / "order.safetensors", {"a": torch.ones(3)}, {})
     finally:
         os.fsync, Path.replace = real_fsync, real_replace  # type: ignore[method-assign]
-    return seen if sys.platform == "linux" else ["file", "rename", "folder"]
+    return seen if sys.platform == "linux" else ORDER
 
 
 def _cut(lab: Lab, rng: random.Random) -> tuple[bool, bool]:

@@ -241,7 +241,8 @@ def raising(lab: Lab, times: int) -> Outcome:
     debug = lab.run(project, "env-check", "--debug", environ={VARIABLE: "raise adjust_plan"})
     tally.check("--debug shows the traceback", debug.code != 0 and "Traceback" in debug.out)
     ended = lab.run(project, "train")
-    whole = ended.code == 0 and f"rehearsed: {LOGGED} calls" in ended.out
+    # The step whose on_step_end raised was saved before that: it is not done, nor told, again.
+    whole = ended.code == 0 and f"rehearsed: {LOGGED - 1} calls" in ended.out
     tally.check(f"the run goes on: {ended.out[-300:]}", whole, lab.exact(project))
     return tally.outcome("every hook; afterwards the run went on to the same weights")
 

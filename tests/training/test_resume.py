@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
 import signal
@@ -21,10 +23,12 @@ import core.env_check
 import core.launch
 from core import faults
 from core.checkpoint import listing
-from core.errors import Stopped, UserError
+from core.errors import PluginError, Stopped, Unsound, UserError
 from core.hardware import read_facts
 from core.launch import run_training
 from core.project import Project
+from core.run import NUMERICS, Run, _plain
+from core.selftest.kills import wait_until
 
 SMALL: dict[str, Any] = {
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
@@ -261,28 +265,121 @@ def test_what_a_strategy_saves_it_gets_back(ready: Callable[..., Project]) -> No
     assert results[0] == results[1]
 
 
+def test_records_that_the_disk_refused_are_in_the_checkpoint(ready: Callable[..., Project]) -> None:
+    """The log is refused from some line on, and the process killed: no row of a curve, no evaluation is lost."""
+    sections = merged(train={"log_interval": 1})
+    whole = ready("whole", **sections)
+    train(whole)
+    for refused in ("train.log=full@3-100", "train.log=full@4-6"):
+        project = ready(f"refused {refused[-1]}", **sections)
+        with pytest.raises(RuntimeError, match="rehearsed"):
+            train(project, f"{refused}, train.export=crash")
+        (last,) = project.runs.glob("*/last/config.json")
+        assert json.loads(last.read_text("utf-8"))["step"] == 6
+        (project.runs / last.parts[-3] / "log.jsonl").write_bytes(b"")
+        project = ready(f"refused {refused[-1]}", **sections)
+        with pytest.raises(Stopped):
+            train(project, f"{refused}, train.backward=interrupt@18", fresh=True)
+        train(project)
+        assert result(project) == result(whole)
+
+
+def test_an_error_of_a_plugin_after_the_step_loses_nothing(ready: Callable[..., Project]) -> None:
+    sections = merged(train={"log_interval": 1, "checkpoint_minutes": 60})
+    whole = ready("whole", **sections)
+    train(whole)
+    project = ready("broken", **sections)
+    broken = STATEFUL.replace("self.calls += 1", "raise OSError('gone')").replace('"recipe"', '"execution"')
+    (project.plugins / "strategies" / "counting.py").write_text(broken, encoding="utf-8")
+    project = ready("broken", **merged(**{**sections, "hardware": hardware("counting")}))
+    with pytest.raises(PluginError, match="on_step_end"):
+        train(project)
+    project = ready("broken", **sections)
+    assert any("going on after step 1" in line for line in train(project))
+    assert result(project) == result(whole)
+
+
+def test_unsound_numbers_are_never_kept(ready: Callable[..., Project]) -> None:
+    project = ready(**SMALL)
+    with pytest.raises(Unsound, match="first loss"):
+        train(project, "step.loss=inf@1")
+    assert not any(listing(folder) for folder in project.runs.iterdir())
+    with pytest.raises(Unsound, match="3 steps in a row"):
+        train(project, "step.loss=nan@9-100")
+    assert all("000000005" not in path.name for folder in project.runs.iterdir() for path in listing(folder))
+
+
+def test_half_of_a_swap_of_folders_is_finished(ready: Callable[..., Project]) -> None:
+    """Killed while `best` took the place of another: the old one is put back, and goes when it is not needed."""
+    project = ready(**SMALL)
+    train(project)
+    want = result(project)
+    best = next(project.runs.glob("*/best"))
+    best.rename(best.with_name(".best.old"))
+    train(project)
+    assert result(project) == want and best.is_dir() and not best.with_name(".best.old").exists()
+
+
+def test_a_window_begun_alone_is_begun_again_by_two(ready: Callable[..., Project]) -> None:
+    project = ready(**merged(train={"log_interval": 1}))
+    with pytest.raises(Stopped):
+        train(project, "train.backward=interrupt@11")
+    project = ready(**merged(train={"log_interval": 1}, hardware=hardware(num_processes=2)))
+    done = in_processes(project)
+    assert done.returncode == 0 and "going on after step 2 (" in done.stdout, done.stdout + done.stderr
+    assert "num_processes 1 → 2" in done.stdout
+
+
+def test_the_fingerprint_of_code_is_that_of_every_python() -> None:
+    """Of a fixed source: 3.12 and 3.13 gave their syntax trees fields that `ast.dump` shows."""
+    tree = ast.parse(
+        "def f(x: int = 1) -> str:\n    return f'{x!r:>3}' if x else 'a'\n\n@d\nclass A(B): pass\n"
+    )
+    digest = hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()
+    assert digest.startswith("a29c060a0d46bc26"), digest
+
+
+def in_processes(project: Project, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The stage by its command, one thread per process."""
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])} | environ
+    command = [sys.executable, "-m", "stages.train"]
+    return subprocess.run(
+        command, cwd=project.root, env=given, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_two_processes_stop_together_and_go_on(ready: Callable[..., Project]) -> None:
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (9, False)])
+def test_two_processes_stop_together_and_go_on(
+    ready: Callable[..., Project], number: int, group: bool
+) -> None:
+    """Ctrl-C reaches all of them, SIGTERM the first; one that is killed leaves the others to notice."""
     sections = merged(
         hardware=hardware(num_processes=2),
-        train={"max_steps": 8, "log_interval": 1},
+        train={"max_steps": 8, "log_interval": 4},
         model={"architecture": "gpt2", "dropout": 0.2},
     )
     whole = ready("whole", **sections)
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "stages.train"]
-    assert subprocess.run(command, cwd=whole.root, env=environ, check=False).returncode == 0
+    assert in_processes(whole).returncode == 0
     project = ready("stopped", **sections)
-    slow = environ | {"TIGHTFIT_FAULTS": "train.micro_batch=slow@1-100000"}
-    with subprocess.Popen(command, cwd=project.root, env=slow, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
-        log = Path("missing")
-        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
-            log = next(project.runs.glob("*/log.jsonl"), log) if project.runs.exists() else log
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 75
-    assert any(listing(folder) for folder in project.runs.iterdir())
-    done = subprocess.run(command, cwd=project.root, env=environ, capture_output=True, text=True, check=False)
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ["TIGHTFIT_FAULTS"] = "train.micro_batch=slow@1-100000"
+    command = [sys.executable, "-m", "stages.train"]
+    with subprocess.Popen(command, cwd=project.root, env=environ, start_new_session=True) as process:
+        assert wait_until(lambda: any(p.stat().st_size for p in project.runs.glob("*/log.jsonl")), 60)
+        (os.killpg if group else os.kill)(process.pid, number)
+        assert process.wait(60) == (75 if number != 9 else -9)
+    (folder,) = project.runs.iterdir()
+    assert wait_until(lambda: not Run(folder, {}).is_held(), 30) and listing(folder)
+    done = in_processes(project)
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stdout + done.stderr
     assert result(project) == result(whole)
+
+
+def test_dvc_watches_the_code_that_the_fingerprint_covers() -> None:
+    """Else an edit would begin another run without DVC asking for it, or the other way round."""
+    from ruamel.yaml import YAML
+
+    text = (Path(__file__).parents[2] / "dvc.yaml").read_text(encoding="utf-8")
+    deps = YAML(typ="safe", pure=True).load(text)["stages"]["train"]["deps"]
+    assert {d.removeprefix("core/") for d in deps if d.startswith("core/")} == set(NUMERICS)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from core import stop as module
-from core.stop import SIGNALS, Stop, StopRequested
+from core.stop import LAUNCHED, SIGNALS, Stop, StopRequested
 
 REPO = Path(__file__).parents[2]
 HERE = [name for name in SIGNALS if hasattr(signal, name)]
@@ -30,25 +30,30 @@ def handlers() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test did to them."""
+def signals_are_heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A signal that Stop does not take fails the test, instead of ending them all."""
+
+    def untaken(number: int, frame: Any) -> None:
+        raise AssertionError(f"nobody took {signal.Signals(number).name}")
+
     monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.delenv(LAUNCHED, raising=False)
     before = handlers()
+    for name in HERE:
+        signal.signal(getattr(signal, name), untaken)
     yield
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
 
 
-def python(code: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
-    environ = {k: v for k, v in os.environ.items() if k != "DVC_STAGE"} | {"PYTHONPATH": str(REPO)}
+def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which no `dvc` has started."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=30, check=False, **how
-    )
+    environ = {**os.environ, "PYTHONPATH": str(REPO), **environ}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
-# --- signals -----------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -66,10 +71,6 @@ def test_a_signal_only_leaves_a_note(name: str) -> None:
 @pytest.mark.parametrize("patient", [False, True])
 @pytest.mark.parametrize("signalled", [False, True])
 def test_handlers_are_put_back(patient: bool, signalled: bool) -> None:
-    def mine(number: int, frame: Any) -> None:
-        raise AssertionError("not while Stop listens")
-
-    signal.signal(signal.SIGTERM, mine)
     before = handlers()
     with Stop(patient):
         assert all(handler != before[name] for name, handler in handlers().items())
@@ -110,12 +111,18 @@ with Stop() as stop:
 
 def test_patient_ignores_what_comes_after_the_first() -> None:
     """Launchers send SIGTERM to processes that heard the Ctrl-C themselves."""
-    with Stop(patient=True) as stop:
-        for name in (*HERE, *HERE):
-            signal.raise_signal(getattr(signal, name))
-        assert stop.requested == HERE[0]
-        with pytest.raises(StopRequested, match=HERE[0]):
-            stop.check()
+    ended = python(f"""
+import signal
+from core.stop import Stop, StopRequested
+with Stop(patient=True) as stop:
+    for name in {[*HERE, *HERE]}:
+        signal.raise_signal(getattr(signal, name))
+    try:
+        stop.check()
+    except StopRequested as request:
+        print(request)
+""")
+    assert ended.returncode == 0 and ended.stdout.split() == HERE[:1], ended.stderr
 
 
 @POSIX
@@ -153,7 +160,7 @@ def test_a_long_call_is_not_interrupted() -> None:
         assert time.monotonic() - start >= 0.2 and stop.requested == "SIGTERM"
 
 
-# --- a dvc that is gone ------------------------------------------------------------------------------------------
+# --- a dvc that is gone -------------------------------------------------------------------------------------
 
 
 class Parent:
@@ -173,40 +180,39 @@ def parents(monkeypatch: pytest.MonkeyPatch) -> list[Parent]:
     both = [Parent(), Parent()]
     monkeypatch.setattr(module, "PARENT_SECONDS", -1.0)
     monkeypatch.setattr(module, "_parents", lambda: both)
+    monkeypatch.setenv("DVC_STAGE", "train")
     return both
 
 
-def test_without_dvc_a_dead_parent_means_nothing(parents: list[Parent]) -> None:
-    parents[0].running = False
-    with Stop() as stop:
-        stop.check()
-        assert stop.parents == []
-
-
 @pytest.mark.parametrize("which", [0, 1])
-def test_under_dvc_it_means_stop(parents: list[Parent], monkeypatch: pytest.MonkeyPatch, which: int) -> None:
-    monkeypatch.setenv("DVC_STAGE", "train")
+def test_a_parent_that_is_gone_means_stop(parents: list[Parent], which: int) -> None:
     with Stop() as stop:
         stop.check()
         parents[which].running = False
-        with pytest.raises(StopRequested, match="`dvc` is gone"):
+        with pytest.raises(StopRequested, match="`dvc`"):
+            stop.check()
+        parents[which].running = True
+        assert stop.look(), "once asked for, it stays so"
+
+
+def test_a_launcher_that_is_gone_is_told_as_such(
+    parents: list[Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_STAGE")
+    with Stop() as stop:
+        parents[1].running = False
+        with pytest.raises(StopRequested, match="launcher"):
             stop.check()
 
 
-def test_a_parent_that_nobody_buried_is_dead_too(
-    parents: list[Parent], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVC_STAGE", "train")
+def test_a_parent_that_nobody_buried_is_gone_too(parents: list[Parent]) -> None:
     with Stop() as stop:
         parents[1].state = psutil.STATUS_ZOMBIE
-        with pytest.raises(StopRequested, match="`dvc` is gone"):
+        with pytest.raises(StopRequested, match="`dvc`"):
             stop.check()
 
 
-def test_a_signal_that_came_first_is_the_reason(
-    parents: list[Parent], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVC_STAGE", "train")
+def test_a_signal_that_came_first_is_the_reason(parents: list[Parent]) -> None:
     with Stop() as stop:
         signal.raise_signal(signal.SIGTERM)
         parents[1].running = False
@@ -216,11 +222,11 @@ def test_a_signal_that_came_first_is_the_reason(
 
 def test_parents_are_looked_at_once_a_second(parents: list[Parent], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two micro-batches there is no time for more."""
-    monkeypatch.setenv("DVC_STAGE", "train")
     now = [100.0]
     monkeypatch.setattr(module, "PARENT_SECONDS", 1.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with Stop() as stop:
+        stop.check()
         parents[0].running = False
         now[0] += 0.9
         stop.check()
@@ -242,20 +248,38 @@ def test_living_processes() -> None:
         assert not module._lives(process), "gone"
 
 
-PARENTS = "import json; from core.stop import _parents; print(json.dumps([p.pid for p in _parents()]))"
+PARENTS = "import json; from core.stop import Stop; print(json.dumps([p.pid for p in Stop().parents]))"
 
 
-def test_the_parent_is_the_process_that_started_us() -> None:
-    assert json.loads(python(PARENTS).stdout) == [os.getpid()]
+def test_without_dvc_a_training_may_outlive_who_started_it() -> None:
+    assert python(PARENTS).stdout == "[]\n"
+
+
+def test_under_dvc_its_parent_is_watched_whatever_it_is_called() -> None:
+    assert json.loads(python(PARENTS, DVC_STAGE="train").stdout) == [os.getpid()]
+
+
+def test_under_a_launcher_that_and_what_started_it_are_watched() -> None:
+    found = json.loads(python(PARENTS, **{LAUNCHED: "told", "DVC_STAGE": "train"}).stdout)
+    assert found == [os.getpid(), os.getppid()]
 
 
 @POSIX
-def test_behind_a_shell_both_are_parents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shells", [0, 1, 2])
+def test_all_between_dvc_and_the_stage_are_watched(tmp_path: Path, shells: int) -> None:
     """`dvc repro` runs commands in a shell, which outlives it."""
-    code = tmp_path / "parents.py"
-    code.write_text(PARENTS, encoding="utf-8")
-    command = ["sh", "-c", 'echo $$; "$0" "$1"; true', sys.executable, str(code)]
-    environ = os.environ | {"PYTHONPATH": str(REPO)}
-    out = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
-    shell, found = out.splitlines()
-    assert json.loads(found) == [int(shell), os.getpid()]
+    (tmp_path / "parents.py").write_text(PARENTS, encoding="utf-8")
+    command = f"'{sys.executable}' '{tmp_path / 'parents.py'}'"
+    for i in range(shells):
+        (tmp_path / f"{i}.sh").write_text(f"echo $$\n{command}\ntrue\n", encoding="utf-8")
+        command = f"sh '{tmp_path / f'{i}.sh'}'"
+    code = "import os, shlex, subprocess; print(os.getpid(), flush=True); "
+    code += f"subprocess.run(shlex.split({command!r}))"
+    (tmp_path / "dvc").write_text(code, encoding="utf-8")
+    environ = os.environ | {"PYTHONPATH": str(REPO), "DVC_STAGE": "train"}
+    out = subprocess.run(
+        [sys.executable, str(tmp_path / "dvc")], env=environ, capture_output=True, text=True, check=True
+    ).stdout
+    *pids, found = out.splitlines()
+    assert len(pids) == shells + 1
+    assert json.loads(found) == [int(pid) for pid in reversed(pids)]
