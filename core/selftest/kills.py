@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from core.checkpoint import listing
 from core.faults import POINTS
@@ -49,11 +50,16 @@ def has_checkpoint(project: Project) -> bool:
 @fault("F1", "killed at random moments of training", times=20, full=100)
 def random_kills(lab: Lab, times: int) -> Outcome:
     """SIGKILL anywhere in the loop, which saves a checkpoint at every step; some runs are killed several times."""
+    return kill_at_random(lab, times)
+
+
+def kill_at_random(lab: Lab, times: int, **sections: Any) -> Outcome:
+    """So many kills, on as many runs with these params as it takes."""
     tally, rng, kills, runs = Tally(), random.Random(1), 0, 0
-    lab.reference()
+    lab.reference(**sections)
     span = 0.3
     while kills < times:
-        project, killed, ended = lab.project("random"), 0, None
+        project, killed, ended = lab.project("random", **sections), 0, None
         while ended is None:
             life = lab.live(project, "train")
             life.wait_for_the_loop()
@@ -69,7 +75,8 @@ def random_kills(lab: Lab, times: int) -> Outcome:
                 span = max(0.1, time.monotonic() - start)
         runs += 1
         for i in range(killed):
-            tally.check(f"run {runs}, kill {i + 1}: {ended.out[-200:]}", ended.code == 0, lab.exact(project))
+            exact = lab.exact(project, **sections)
+            tally.check(f"run {runs}, kill {i + 1}: {ended.out[-200:]}", ended.code == 0, exact)
     return tally.outcome(f"{runs} runs")
 
 
