@@ -137,8 +137,18 @@ def table_of_steps(times: int) -> None:
     click.echo(f"| a step with its checks | {spread(with_)} |")
     click.echo(f"| a step without | {spread(without)} |")
     click.echo(f"| with / without | {spread(ratios)} |")
-    (alone,) = in_turn(200, lambda: RandomState.now(build.accelerator.device) and None)
-    click.echo(f"| of it, the random states | {statistics.median(alone):.6f} |")
+    # A step's own seconds vary by more than its checks take: those by themselves, without the update.
+    optimizer = SimpleNamespace(step=lambda: None, _step_supports_amp_scaling=True)
+    idle: Any = SimpleNamespace(accelerator=build.accelerator, optimizer=optimizer, simulated=False)
+    loss = norm = torch.ones(())
+    checks = in_turn(
+        200,
+        lambda: RandomState.now(build.accelerator.device) and None,
+        lambda: step_if_finite(idle, loss, norm),
+    )
+    alone = sum(statistics.median(values) for values in checks)
+    click.echo(f"| the checks alone: random states, is it finite | {alone:.6f} |")
+    click.echo(f"| their share of a step | {alone / statistics.median(with_):.4%} |")
 
 
 @click.command()

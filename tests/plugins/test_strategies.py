@@ -163,7 +163,7 @@ def test_allocator_splits_by_memory(tmp_path: Path, registry: Registry, vram_gib
     assert "windows does not support it" in plan.env["PYTORCH_ALLOC_CONF"].reason
 
 
-@pytest.mark.parametrize("name", ["allocator", "cleanup", "debug"])
+@pytest.mark.parametrize("name", ["allocator", "cleanup", "debug", "deterministic"])
 def test_card_strategies_say_so_on_a_cpu(registry: Registry, name: str) -> None:
     assert "CPU" in registry.strategies[name].available(Facts(), CPU)
 
@@ -256,6 +256,28 @@ def test_debug_reminds_at_every_evaluation(tmp_path: Path, registry: Registry) -
     said: list[str] = []
     runtime(plan).hook.on_evaluate_end(build=SimpleNamespace(say=said.append), step=5, metrics={})
     assert said == ["step 5: SLOW, the strategy debug is on"]
+
+
+# ---- deterministic
+
+
+def test_deterministic_switches_torch_and_cublas_while_it_trains(tmp_path: Path, registry: Registry) -> None:
+    import torch
+
+    plan = plan_with(tmp_path, registry, card((8, 6)), "deterministic")
+    assert plan.env["CUBLAS_WORKSPACE_CONFIG"].value == ":4096:8"
+    hook = runtime(plan).hook
+    build = SimpleNamespace(simulated=True, model=torch.nn.Linear(1, 1), network=None)
+    try:
+        hook.prepare_model(build=build)
+        assert not torch.are_deterministic_algorithms_enabled()
+        build.simulated = False
+        hook.prepare_model(build=build)
+        assert torch.are_deterministic_algorithms_enabled()
+        hook.on_train_end(build=build)
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- what saves memory
