@@ -212,7 +212,7 @@ class Journal:
         assert record["step"] == step, "weights are saved when they have been measured"
         facts = {key: record[key] for key in ("step", "tokens", "val_loss")} | {"run": self.run.folder.name}
         for which, wanted in (("best", self.best_step == step), ("last", done)):
-            if wanted and self.run.step_of(which) != step:
+            if wanted and not self.run.holds(which, step):
                 folder = self.run.weights(which)
                 try:
                     save_model(folder, self.build.network, tokenizer, {**facts, "weights": which})
@@ -237,7 +237,7 @@ class Journal:
     def require_weights(self, which: str, step: int) -> None:
         """Raise UserError where the weights that shall become the final model are not there."""
         wanted = self.best_step if which == "best" else step
-        if self.accelerator.is_main_process and self.run.step_of(which) != wanted:
+        if self.accelerator.is_main_process and not self.run.holds(which, wanted):
             raise UserError(
                 f"{self.run.weights(which)} should hold the weights of step {wanted} and does not: put them back, or "
                 "begin this run afresh: python -m stages.train --fresh"

@@ -162,12 +162,24 @@ class Run:
 
     def step_of(self, which: str) -> int | None:
         """The step of the "best" or the "last" weights; None where they are missing or damaged."""
+        step = self.facts(which).get("step")
         try:
             verified_header(self.weights(which) / "model.safetensors")
-            step = json.loads((self.weights(which) / "config.json").read_text(encoding="utf-8"))["step"]
-        except (OSError, Damaged, ValueError, KeyError, TypeError):
+        except (OSError, Damaged):
             return None
         return step if isinstance(step, int) else None
+
+    def holds(self, which: str, step: int) -> bool:
+        """Whether the "best" or the "last" weights are those of a step, and sound; others are not read through."""
+        return self.facts(which).get("step") == step == self.step_of(which)
+
+    def facts(self, which: str) -> dict[str, Any]:
+        """config.json of the "best" or the "last" weights; empty where it is missing or damaged."""
+        try:
+            found = json.loads((self.weights(which) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 def save_model(folder: Path, network: Any, tokenizer: Path, facts: Mapping[str, Any]) -> None:

@@ -59,13 +59,15 @@ def show(project: Project, name: str) -> None:
 def gc(project: Project, names: tuple[str, ...], yes: bool) -> None:
     """Remove runs: those named, or all but the one of the present params.yaml. A run in training stays."""
     present = _present(project)
-    if not names and not present:
+    if not names and present is None:
         raise UserError(
             "which run is the present one cannot be told: reports/plan.json and data/tokens do not match params.yaml. "
             "Run `dvc repro` (or env-check and tokenize) first, or name the runs to remove"
         )
     named = {run.folder: run for run in (find(project, name) for name in names)}
-    chosen = list(named.values()) or [run for run in runs_of(project) if run.folder.name != present]
+    chosen = list(named.values()) or [
+        run for run in runs_of(project) if present is not None and run.folder != present.folder
+    ]
     idle = [run for run in chosen if not run.is_held()]
     for run in chosen:
         row = describe(run)
@@ -110,14 +112,14 @@ def describe(run: Run) -> dict[str, Any]:
     """A row of the list."""
     there = listing(run.folder)
     step = position(there[0])[0] if there else 0
-    last = _config(run, "last").get("step")
+    last = run.facts("last").get("step")
     train = run.identity.get("train", {})
     total = train.get("max_steps") or max(
         1, round((train.get("max_tokens") or 0) / train.get("batch_tokens", 1))
     )
     total = f"{train['max_minutes']:g} min" if train.get("max_minutes") else total
     state = "training" if run.is_held() else "finished" if last and last == step else "stopped"
-    best = _config(run, "best").get("val_loss")
+    best = run.facts("best").get("val_loss")
     return {
         "run": run.folder.name,
         "state": state,
@@ -139,10 +141,10 @@ def human(n: int) -> str:
 
 
 def _against_now(project: Project, run: Run) -> list[str]:
-    now = _present_identity(project)
-    if not now or not run.identity:
+    now = _present(project)
+    if now is None or not run.identity:
         return []
-    found = differences(run.identity, now)
+    found = differences(run.identity, now.identity)
     head = (
         "params.yaml, plugins, data and code are now those of this run"
         if not found
@@ -151,29 +153,18 @@ def _against_now(project: Project, run: Run) -> list[str]:
     return [head, *(f"  {line}" for line in found)]
 
 
-def _present(project: Project) -> str:
-    """The name that a run would have now; empty where there is no plan or no data."""
-    from core.run import fingerprint
+def _present(project: Project) -> Run | None:
+    """The run that training would go on with now; None where plan, tokens and params do not belong together."""
+    from core.launch import planned, the_run
+    from core.plugin_check import restore
 
-    now = _present_identity(project)
-    return fingerprint(now) if now else ""
-
-
-def _present_identity(project: Project) -> dict[str, Any]:
-    """Of the run that training would go on with now; empty where plan, tokens and params do not belong together."""
-    from core.launch import planned
-    from core.run import identity
-    from core.tokens import TokenShards
-
-    environ = dict(os.environ)
+    environ = dict(os.environ)  # which a plan changes, for a training
     try:
-        _, document = planned(project)
-        return identity(project, document, TokenShards.open(project.tokens, "train").manifest)
+        return the_run(project, planned(project)[1])
     except TightfitError:
-        return {}
+        return None
     finally:
-        os.environ.clear()
-        os.environ.update(environ)
+        restore(environ)
 
 
 def _soundness(path: Path) -> str:
@@ -191,14 +182,6 @@ def _identity(folder: Path) -> dict[str, Any]:
         return found if isinstance(found["train"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _config(run: Run, which: str) -> dict[str, Any]:
-    try:
-        found = json.loads((run.weights(which) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _written(folder: Path) -> float:

@@ -166,10 +166,6 @@ class Life:
         while not self.started.poll(0.05) and self.process.is_alive() and time.monotonic() < deadline:
             pass
 
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
-
     def kill(self) -> None:
         self.process.kill()
 
