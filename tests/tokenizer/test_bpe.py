@@ -2,6 +2,8 @@
 
 import random
 import sys
+import tracemalloc
+import zlib
 from collections import Counter
 from itertools import pairwise
 
@@ -29,19 +31,20 @@ def test_overlapping_runs_merge_from_the_left():
 
 def test_equals_a_slow_trainer():
     text = sample_text(6_000, seed=3)
-    assert bpe.train([text], 600) == slow_train(text, 600)
+    assert bpe.train([text], 600) == slow_train([text], 600)
 
 
-def slow_train(text, vocab_size):
+def slow_train(texts, vocab_size):
     """The definition: count all pairs anew for every merge."""
-    words = Counter(regex.findall(bpe.SPLIT, text))
-    words = [([*piece.encode()], n) for piece, n in words.items()]
+    words = [([*piece.encode("utf-8", "replace")], n) for piece, n in slow_count(texts).items()]
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size:
         pairs = Counter()
         for ids, n in words:
             for pair in pairwise(ids):
                 pairs[pair] += n
+        if not pairs:
+            break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         for ids, _ in words:
             for i in range(len(ids) - 1):
@@ -49,6 +52,61 @@ def slow_train(text, vocab_size):
                     ids[i : i + 2] = [len(tokens)]
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return {token: i for i, token in enumerate(tokens)}
+
+
+def slow_count(texts):
+    """The definition: SPLIT over each slice; the rarer half goes after the slice that brought too many."""
+    pieces = Counter()
+    for text in texts:
+        for start in range(0, len(text), bpe.SLICE):
+            for piece in regex.findall(bpe.SPLIT, text[start : start + bpe.SLICE]):
+                pieces.update(piece[i : i + bpe.LONGEST] for i in range(0, len(piece), bpe.LONGEST))
+            if len(pieces) > bpe.MAX_PIECES:
+                crc = {piece: zlib.crc32(piece.encode("utf-8", "replace")) for piece in pieces}
+                order = sorted(pieces, key=lambda piece: (-pieces[piece], crc[piece], piece))
+                pieces = Counter({piece: pieces[piece] for piece in order[: bpe.MAX_PIECES // 2]})
+    return pieces
+
+
+BLANKS = [chr(c) for c in range(sys.maxunicode + 1) if regex.match(r"\s", chr(c)) or chr(c).isspace()]
+ALPHABETS = {
+    "few letters": "ab",
+    "prose": "ab ",
+    "words": ["the", "cat", " ", " ", " ", "sat", ". ", "\n", "don't", "(", "12"],
+    "code": "if (x) {\n    y[0] += 12;\n\t}  ",
+    "CRLF": "ab.  \r\n",
+    "every blank": [*BLANKS, *" " * len(BLANKS), *"a1.\u200b"],
+    "combining marks": "eo\u0301\u0323 \u0308.",
+    "digits": "09\u0663\u216b\xbd ,",
+    "emoji": "\U0001f600\u200d\U0001f469\U0001f3fd\ufe0f a",
+    "no blanks": "日本語文。漢字1",
+    "lone surrogates": "\ud800\udfff\udc00 a",
+    "anything": [chr(c) for c in range(0, sys.maxunicode, 97)] + [" "] * 3000,
+}
+
+
+@pytest.mark.parametrize("name", ALPHABETS)
+def test_equals_the_definition_on_random_texts(name, monkeypatch):
+    rng = random.Random(name)
+    for _ in range(60):
+        monkeypatch.setattr(bpe, "SLICE", rng.choice([1 << 20, 1, 7, 64]))
+        monkeypatch.setattr(bpe, "MAX_PIECES", rng.choice([1_000_000, 1_000_000, 10, 100]))
+        size = rng.choice([3, 40, 400])
+        texts = [
+            "".join(rng.choices(ALPHABETS[name], k=rng.randrange(size))) for _ in range(rng.randrange(5))
+        ]
+        assert bpe.count_pieces(texts) == slow_count(texts)
+        assert bpe.train(texts, 290) == slow_train(texts, 290)
+
+
+def test_no_space_is_cut_from_a_blank_before_it():
+    """What `regex` takes for a blank, `re` and `str` do too; of them only line ends part from a space."""
+    blanks = {c for c in BLANKS if regex.match(r"\s", c)} - set(" \r\n")
+    assert blanks <= set(bpe.BLANKS)
+    for blank in blanks:
+        assert bpe._words(f"a{blank} b c") == [f"a{blank} b", "c"]
+    for end in ("a", ".", "\r", "\n", "\u0301", "\ud800"):
+        assert bpe._words(f"{end} b  c\t d") == [end, "b", " c\t d"]
 
 
 def test_order_of_texts_does_not_matter():
@@ -98,6 +156,34 @@ def test_long_pieces_are_learned_in_parts():
     assert max(map(len, pieces)) == bpe.LONGEST
     assert sum(len(piece) * n for piece, n in pieces.items()) == 1_001_000
     assert b"a" * bpe.LONGEST in bpe.train(["a" * 1_000_000], 300)
+
+
+def test_memory_of_a_piece():
+    """MAX_PIECES of them are what training takes at most."""
+    rng = random.Random(9)
+    texts = [" ".join("".join(rng.choices("abcdefghijklmnop", k=8)) for _ in range(100)) for _ in range(200)]
+    tracemalloc.start()
+    try:
+        bpe.train(texts, 1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 800 * 20_000
+
+
+def test_words_that_repeat_are_not_held_for_each_text():
+    text = sample_text(20_000, seed=10)
+    bpe.count_pieces([text])
+    tracemalloc.start()
+    try:
+        bpe.count_pieces([text] * 3)
+        few = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        bpe.count_pieces(text for _ in range(100))
+        many = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert many < 1.1 * few
 
 
 def test_piece_counter_is_bounded_and_keeps_the_commonest(monkeypatch):
