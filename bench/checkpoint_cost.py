@@ -44,7 +44,7 @@ from core.snapshot import RandomState, capture
 REPO = Path(__file__).parents[1]
 
 
-def in_turn(times: int, *jobs: Callable[[], None]) -> list[list[float]]:
+def in_turn(times: int, *jobs: Callable[[], Any]) -> list[list[float]]:
     """Seconds of each job, `times` times, one after the other."""
     seconds: list[list[float]] = [[] for _ in jobs]
     for _, (i, job) in itertools.product(range(times), enumerate(jobs)):

@@ -49,7 +49,7 @@ from core.plugins import Registry
 from core.project import Project
 
 MIB = 1 << 20
-COMPARED = {"bf16", "checkpointing", "chunked_head", "adamw8bit", "bf16_weights"}
+COMPARED = {"bf16", "malloc", "muon", "checkpointing", "chunked_head", "adamw8bit", "bf16_weights"}
 """Strategies that change memory; a configuration has those it names, whatever its profile has."""
 
 
@@ -421,7 +421,13 @@ def litgpt_estimate(config: ModelConfig, bytes_per_weight: int) -> int:
 
 
 def published_config() -> ModelConfig:
-    sizes = {"n_layer": LAYERS, "n_head": HEADS, "n_kv_head": HEADS, "n_embd": WIDTH, "n_inner": 4 * WIDTH}
+    sizes: dict[str, Any] = {
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_kv_head": HEADS,
+        "n_embd": WIDTH,
+        "n_inner": 4 * WIDTH,
+    }
     return ModelConfig("gpt2", **sizes, block_size=LENGTH, vocab_size=VOCABULARY, tie_embeddings=False)
 
 

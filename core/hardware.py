@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from core.errors import PluginError
 from core.hookspecs import GIB, Facts, Gpu, HardwareProfile
 
 TORCH_HELP = "README, 'When torch came without CUDA'"
-OPTIONAL_MODULES = ("triton", "bitsandbytes")
+OPTIONAL_MODULES = ("triton", "bitsandbytes", "c++")
 
 # fp32-accumulating tensor FLOP per clock and SM, by compute capability. GeForce cards run it at half the rate of
 # professional ones with the same chip. The products with SM count and boost clock reproduce the whitepapers' 71
@@ -35,9 +36,17 @@ def read_facts(environ: dict[str, str] | None = None) -> Facts:
         cores=_cores(),
         ram_bytes=_ram_bytes(),
         cpu_bf16=_cpu_multiplies_bf16(),
-        modules=frozenset(m for m in OPTIONAL_MODULES if importlib.util.find_spec(m)),
+        modules=frozenset(m for m in OPTIONAL_MODULES if _installed(m, environ)),
         environ=environ,
     )
+
+
+def _installed(name: str, environ: dict[str, str]) -> bool:
+    """Whether a package is installed, or for "c++" the compiler that torch.compile would start."""
+    if name != "c++":
+        return importlib.util.find_spec(name) is not None
+    usual = {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
+    return shutil.which(environ.get("CXX", usual), path=environ.get("PATH")) is not None
 
 
 def _os_name() -> str:

@@ -58,7 +58,7 @@ class HardwareProfile:
     """Memory bandwidth [1e9 bytes/s]."""
     tflops: Mapping[str, float] = field(default_factory=dict)
     """Peak dense rate by dtype ("bf16", "fp16", "fp32"), with fp32 accumulation [1e12 FLOP/s]."""
-    strategies: tuple[str, ...] = ("bf16?", "accumulation", "allocator", "loader", "cleanup")
+    strategies: tuple[str, ...] = ("bf16?", "muon", "accumulation", "allocator", "loader", "cleanup")
     """Switched on by default. A trailing "?" means: if it works on this machine, else skipped with its reason."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of those strategies: {strategy: {option: value}}."""
@@ -100,7 +100,7 @@ class Facts:
     cpu_bf16: bool = False
     """The CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
     modules: frozenset[str] = frozenset()
-    """Optional packages that are installed, such as "triton"."""
+    """Optional packages that are installed, such as "triton"; "c++" is a C++ compiler."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """The user's own environment variables, before the plan's are added."""
 

@@ -7,11 +7,13 @@ Shapes: B sequences of T tokens, C channels, H heads of D = C / H channels, V vo
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core import fused
 from core.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from core.model_config import ModelConfig
 
@@ -51,6 +53,13 @@ class Network(nn.Module):
         if self.loss_chunk:
             return chunked_cross_entropy_sum(hidden, self.lm_head.weight, targets, self.loss_chunk)
         return cross_entropy_sum(self.lm_head(hidden), targets)
+
+    def exported(self) -> tuple[dict[str, Tensor], ModelConfig]:
+        """Weights and sizes as other programs know them; a tied head is left out."""
+        state = dict(self.state_dict())
+        if self.config.tie_embeddings:
+            state.pop("lm_head.weight")
+        return state, self.config
 
     def _measured_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss without gradients, with the logits of few tokens at a time: measuring never needs more memory."""
@@ -94,6 +103,16 @@ def to_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def takes_apart(x: Tensor) -> bool:
+    """Whether torch takes rms_norm apart here, since only a card has a kernel for it; a compiler makes its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def normalized(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -103,6 +122,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_apart(x):
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
@@ -117,13 +138,27 @@ class Rotary(nn.Module):
         frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
         angle = torch.outer(torch.arange(block_size).float(), frequency).repeat(1, 2)  # [T, D]
         self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        sin = angle.sin()
+        sin[:, : head_dim // 2].neg_()  # for the right half that comes to the left
+        self.register_buffer("sin", sin, persistent=False)
+
+    def tables(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions start to start + n: [n, D]."""
+        return self.cos[start : start + n], self.sin[start : start + n]
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """x: [B, H, T, D] at positions start, start + 1, …"""
-        cos, sin = self.cos[start : start + x.shape[2]], self.sin[start : start + x.shape[2]]
+        cos, sin = self.tables(start, x.shape[2])
         left, right = x.chunk(2, -1)
-        return x * cos + torch.cat((-right, left), -1) * sin
+        return x * cos + torch.cat((right, left), -1) * sin
+
+
+def norm_rotate(x: Tensor, norm: RMSNorm, rotary: Rotary, start: int) -> Tensor:
+    """[B, T, H, D] → [B, H, T, D] normalised per head and rotated, in x's dtype."""
+    if takes_apart(x):
+        cos, sin = rotary.tables(start, x.shape[1])
+        return fused.norm_rotate(x, norm.weight, cos, sin, norm.eps).transpose(1, 2)
+    return rotary(norm(x).transpose(1, 2), start).to(x.dtype)
 
 
 class Qwen3Attention(nn.Module):
@@ -145,8 +180,7 @@ class Qwen3Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, D)
         v = self.v_proj(x).view(B, T, -1, D).transpose(1, 2)
         start = cache[self.layer][0].shape[2] if cache is not None and self.layer < len(cache) else 0
-        q = rotary(self.q_norm(q).transpose(1, 2), start).to(v.dtype)
-        k = rotary(self.k_norm(k).transpose(1, 2), start).to(v.dtype)
+        q, k = norm_rotate(q, self.q_norm, rotary, start), norm_rotate(k, self.k_norm, rotary, start)
         y = attend(q, k, v, cache, self.layer)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -161,7 +195,8 @@ class Qwen3MLP(nn.Module):
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(fused.swiglu(gate, up) if takes_apart(x) else F.silu(gate) * up)
 
 
 class Qwen3Layer(nn.Module):
@@ -203,9 +238,23 @@ class Qwen3(Network):
 
     def hidden(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         x: Tensor = self.model.embed_tokens(tokens)
+        if self.config.normalize_embeddings:
+            x = normalized(x)
         for layer in self.layers:
             x = layer(x, self.rotary, cache)
         return self.model.norm(x)
+
+    def exported(self) -> tuple[dict[str, Tensor], ModelConfig]:
+        """Normalised embeddings are saved as such, beside the head that shared them before: Qwen3 has no such norm."""
+        state, config = super().exported()
+        if config.normalize_embeddings:
+            embedding = state["model.embed_tokens.weight"]
+            state |= {
+                "model.embed_tokens.weight": normalized(embedding),
+                "lm_head.weight": self.lm_head.weight.detach(),
+            }
+            config = replace(config, normalize_embeddings=False, tie_embeddings=False)
+        return state, config
 
 
 class GPT2Attention(nn.Module):
@@ -296,30 +345,22 @@ def build_model(config: ModelConfig, seed: int) -> Network:
 
 @torch.no_grad()
 def init_weights(model: Network, config: ModelConfig, seed: int) -> None:
-    """GPT-2's initialisation: N(0, 0.02), residual projections by 1/sqrt(2 L) less, norms 1, biases 0.
+    """Draw every parameter; asserts that each is reached by exactly one rule.
 
-    Asserts that every parameter is reached by exactly one rule.
+    Embeddings are N(0, 0.02), and gpt2's matrices too; qwen3's are N(0, 0.5 / sqrt(n)) for n inputs. Projections back
+    into the residual stream are smaller by sqrt(2 L), norms 1, biases 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    residual = 0.02 / math.sqrt(2 * config.n_layer)
+    qwen3 = config.architecture == "qwen3"
+    hidden = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")
     for name, parameter in model.named_parameters():
+        module = name.split(".")[-2] if "." in name else ""
         rules = {
             "bias": name.endswith(".bias"),
-            "norm": ("norm" in name or ".ln_" in name) and name.endswith(".weight"),
-            "residual": name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")),
-            "matrix": name.endswith(
-                (
-                    *(
-                        "q_proj.weight",
-                        "k_proj.weight",
-                        "v_proj.weight",
-                        "gate_proj.weight",
-                        "up_proj.weight",
-                    ),
-                    *("c_attn.weight", "c_fc.weight", "wte.weight", "wpe.weight"),
-                    *("embed_tokens.weight", "lm_head.weight"),
-                )
-            ),
+            "norm": name.endswith(".weight") and ("norm" in module or module.startswith("ln_")),
+            "residual": name.endswith(".weight") and module in ("o_proj", "down_proj", "c_proj"),
+            "hidden": name.endswith(".weight") and module in hidden,
+            "embedding": module in ("wte", "wpe", "embed_tokens", "lm_head"),
         }
         chosen = [rule for rule, applies in rules.items() if applies]
         assert len(chosen) == 1, f"{name} is initialised by {chosen or 'no rule'}"
@@ -328,4 +369,6 @@ def init_weights(model: Network, config: ModelConfig, seed: int) -> None:
         elif chosen[0] == "norm":
             parameter.fill_(1.0)
         else:
-            parameter.normal_(0.0, residual if chosen[0] == "residual" else 0.02, generator=generator)
+            std = 0.5 / math.sqrt(parameter.shape[1]) if qwen3 and chosen[0] != "embedding" else 0.02
+            std /= math.sqrt(2 * config.n_layer) if chosen[0] == "residual" else 1.0
+            parameter.normal_(0.0, std, generator=generator)

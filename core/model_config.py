@@ -36,6 +36,8 @@ class ModelConfig:
     vocab_size: int
     """Rows of the embedding: the tokenizer's ids rounded up to 64, which keeps matmuls on fast paths."""
     tie_embeddings: bool = True
+    normalize_embeddings: bool = False
+    """qwen3: tokens enter the first layer with an rms of 1. Not in a saved network, whose embeddings are normalised."""
     rope_theta: float = 10_000.0
     dropout: float = 0.0
 
@@ -63,6 +65,7 @@ class ModelConfig:
             block_size=params.block_size or block_size,
             vocab_size=round_up(n_vocab, 64),
             tie_embeddings=params.tie_embeddings,
+            normalize_embeddings=params.normalize_embeddings and qwen3,
             rope_theta=params.rope_theta,
             dropout=params.dropout,
         )

@@ -12,12 +12,21 @@ import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from core.errors import UserError, did_you_mean
+from core.laws import settled
 
 MAX_BYTES = 1 << 18
 """Larger files are refused: for some, the time that ruamel.yaml takes grows with the square of the size."""
@@ -63,6 +72,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_text)]
 Option = Annotated[Any, AfterValidator(_options)]
+
+
+if TYPE_CHECKING:  # numbers, once core.laws has settled what is auto
+    BatchTokens = Any
+    Rate = Any
+else:
+    BatchTokens = Annotated[int, Field(gt=0, le=1 << 32)] | Literal["auto"]
+    Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | Literal["auto"]
 
 
 class Section(BaseModel):
@@ -195,6 +212,9 @@ class ModelParams(Section):
     """Context length T [tokens]."""
     tie_embeddings: bool = True
     """Use the token embedding as output head."""
+    normalize_embeddings: bool = True
+    """qwen3: a token enters the first layer with an rms of 1. Folded into the saved weights, whose embedding and head
+    are two matrices then."""
     rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)] = 10_000.0
     """qwen3: base of the rotary embedding."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -208,12 +228,14 @@ class TrainParams(Section):
     """Budget in training tokens, rounded to whole steps."""
     max_minutes: PositiveFloat | None = None
     """Budget in minutes of training. The result then depends on the machine's speed and cannot be reproduced."""
-    batch_tokens: Annotated[int, Field(gt=0, le=1 << 32)] = 8192
-    """Tokens per optimizer step over all micro-batches and processes; a multiple of the context length."""
+    batch_tokens: BatchTokens = "auto"
+    """Tokens per optimizer step over all micro-batches and processes; a multiple of the context length. auto: by a law
+    of the run's FLOPs (core/laws.py)."""
     micro_batch: Size | Literal["auto"] = "auto"
     """Sequences per forward pass and process. It changes speed and memory, never the batch."""
-    lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
-    """Peak learning rate."""
+    lr: Rate = "auto"
+    """AdamW's peak learning rate. auto: by a law of the run's FLOPs (core/laws.py). The strategy muon has its own
+    for the matrices that it steps."""
     weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.1
     """For matrices; norms and biases have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -238,6 +260,12 @@ class TrainParams(Section):
     """At most this much training is done again after a crash [minutes]; every evaluation saves a checkpoint too."""
     final_weights: Literal["best", "last"] = "best"
     """Which weights become the final model: best on held-out text, or the last."""
+
+    _laws: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def reason(self, key: str) -> str:
+        """Where a value comes from: the law behind an `auto`, or the user's key."""
+        return self._laws.get(key, f"train.{key}")
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainParams:
@@ -276,6 +304,11 @@ class Params(Section):
     model: ModelParams = ModelParams()
     train: TrainParams
     evaluate: EvaluateParams = EvaluateParams()
+
+    @model_validator(mode="after")
+    def _settle(self) -> Params:
+        self.__dict__["train"] = settled(self).train  # numbers in the place of auto
+        return self
 
 
 def load_params(path: Path) -> Params:

@@ -89,12 +89,12 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
         raise problems.joined()
     if forecaster is None:
         return plan
-    rungs = rungs_of(plan, facts, registry, params.hardware.strategies.remove)
+    rungs = rungs_of(plan, facts, registry, params.hardware)
     plan, fit, plan.ladder = climb(
         draft, lambda tried: forecaster.fit(tried, params, registry, tried.micro_batches), rungs
     )
     plan.fit = fit
-    plan.rungs_left = rungs_of(plan, facts, registry, params.hardware.strategies.remove)
+    plan.rungs_left = rungs_of(plan, facts, registry, params.hardware)
     for rung in plan.rungs_left:  # a run that is short of memory may take them later
         plan.options[rung.name] = _options(rung, profile, params.hardware, [])
     _take_micro_batch(plan)
@@ -180,6 +180,10 @@ def _choose_strategies(
         else:
             chosen.append(strategy)
 
+    own = {name for name, (_, key) in wanted.items() if key.startswith("hardware profile")}
+    gone = _gave_way(chosen, own, hardware)
+    chosen = [s for s in chosen if s.name not in gone]
+    plan.skipped |= gone
     named = {entry.rstrip("?") for entry in profile.strategies}
     for name in profile.options:
         if name not in named and not (name in registry.strategies and registry.strategies[name].rung):
@@ -222,6 +226,24 @@ def _options(
                 )
             merged[key] = value
     return merged
+
+
+def _gave_way(chosen: list[Strategy], own: set[str], hardware: HardwareParams) -> dict[str, str]:
+    """Which of the chosen strategies give their slot to another, and why.
+
+    The profile's own give way to what the user adds and to the memory ladder, unless the user set options for them.
+    """
+    newcomers = {_role(s): s.name for s in chosen if _role(s) and s.name not in own}
+    return {
+        s.name: f"{newcomers[_role(s)]} takes its place as {_role(s)}"
+        for s in chosen
+        if _role(s) in newcomers and s.name in own and s.name not in hardware.options
+    }
+
+
+def _role(strategy: Strategy) -> str:
+    """Its slot; one without that makes the optimizer has that role, and shall not be asked in vain."""
+    return strategy.slot or ("optimizer" if hasattr(strategy, "make_optimizer") else "")
 
 
 def _unused_options(
@@ -354,7 +376,9 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
     """Core's own values first, then the strategies' changes, environment and checks."""
     core = "core"
     plan.set("dtype", "fp32", reason="no precision strategy is on", by=core)
-    plan.set("batch_tokens", params.train.batch_tokens, reason="train.batch_tokens", by=core)
+    plan.set("batch_tokens", params.train.batch_tokens, reason=params.train.reason("batch_tokens"), by=core)
+    if (reason := params.train.reason("lr")) != "train.lr":
+        plan.notes.append(f"train.lr: {params.train.lr:g}, {reason}")
     per_process = plan.sequences // plan.num_processes
     if plan.micro_batch is not None:
         plan.set("micro_batch", plan.micro_batch, reason="train.micro_batch", by=core)

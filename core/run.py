@@ -29,9 +29,11 @@ from core.project import Project
 # What computes the numbers of a run.
 NUMERICS = (
     "batches.py",
+    "fused.py",
     "loss.py",
     "measure.py",
     "model.py",
+    "muon.py",
     "numbers.py",
     "optim.py",
     "optim8bit.py",
@@ -185,14 +187,12 @@ class Run:
 def save_model(folder: Path, network: Any, tokenizer: Path, facts: Mapping[str, Any]) -> None:
     """Write model.safetensors, config.json and the tokenizer to a folder, which appears whole or not at all.
 
-    A tied output head is left out: it is the embedding. facts: what config.json shall say besides the sizes.
+    facts: what config.json shall say besides the sizes.
     """
-    state = dict(network.state_dict())
-    if network.config.tie_embeddings:
-        state.pop("lm_head.weight")
+    state, config = network.exported()
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, {"format": "pt"}, "weights")
-        write_json(new / "config.json", {"format": 1, "model": network.config.to_dict(), **facts})
+        write_json(new / "config.json", {"format": 1, "model": config.to_dict(), **facts})
         copy_folder(tokenizer, new / "tokenizer")
 
 

@@ -80,10 +80,13 @@ class Deepening:
             layers = range(self.n_layer)
             for layer in layers if stretches[0][0].layer == 0 else reversed(layers):
                 self._layer(*by_layer[self._template(layer)], layer)
-        grown = n_params / self.tape.n_params  # the update's traffic follows the parameters
+        # The update's traffic follows the parameters; its products, if it has any, are of the layers' own.
+        grown, deeper = n_params / self.tape.n_params, self.n_layer / SHALLOW
         update = self.made.start("update").operation
         ops = self.made.roofline
-        ops[update:] = [(flops, each, once * grown) for flops, each, once in ops[update:]]
+        ops[update:] = [
+            (flops * deeper, each, once * (deeper if flops else grown)) for flops, each, once in ops[update:]
+        ]
         self.made.n_params = n_params
         return self.made
 

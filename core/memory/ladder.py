@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from core.hookspecs import Facts, Plan, Strategy
 from core.memory.forecast import Fit
+from core.params import HardwareParams
 from core.plugins import Registry
 
 WORTH = 0.15
@@ -85,9 +86,13 @@ def _seconds(answer: Fit) -> float:
     return answer.forecast.seconds[0] if answer.forecast.seconds else math.inf
 
 
-def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str]) -> list[Strategy]:
-    """The rungs that this plan could climb, cheapest first: they work here, nobody removed them, their role is free."""
-    taken = {s.slot for s in plan.active if s.slot}
+def rungs_of(plan: Plan, facts: Facts, registry: Registry, hardware: HardwareParams) -> list[Strategy]:
+    """The rungs that this plan could climb, cheapest first: they work here, nobody removed them, their role is free.
+
+    A role is free where the hardware profile filled it, by what is no rung itself and nobody set options for.
+    """
+    own = {*(name.rstrip("?") for name in hardware.strategies.add), *hardware.options}
+    taken = {s.slot for s in plan.active if s.slot and (s.name in own or s.rung)}
     active = {s.name for s in plan.active}
     found = sorted(
         (
@@ -95,7 +100,7 @@ def rungs_of(plan: Plan, facts: Facts, registry: Registry, removed: Sequence[str
             for s in registry.strategies.values()
             if s.rung > 0
             and s.name not in active
-            and s.name not in removed
+            and s.name not in hardware.strategies.remove
             and s.slot not in taken
             and not active & set(s.conflicts)
             and not any(s.name in other.conflicts for other in plan.active)

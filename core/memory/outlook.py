@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import TightfitError
 from core.hardware import OPTIONAL_MODULES
 from core.hookspecs import GIB, Facts, Plan
+from core.laws import settled
 from core.memory.allocator import KINDS
 from core.memory.forecast import MARGIN, Forecaster
 from core.model_config import PRESETS, ModelConfig
@@ -317,6 +318,12 @@ class _Attempt:
 
 
 def changed(params: Params, **sections: dict[str, Any]) -> Params:
-    """Params with some keys of some sections changed, unchecked: changed(params, model={"preset": "nano"})."""
+    """Params with some keys of some sections changed, unchecked: changed(params, model={"preset": "nano"}).
+
+    What is auto follows the rest.
+    """
     copies = {name: getattr(params, name).model_copy(update=keys) for name, keys in sections.items()}
-    return params.model_copy(update=copies)
+    if "train" in copies:
+        laws = params.train._laws
+        copies["train"]._laws = {key: laws[key] for key in laws if key not in sections["train"]}
+    return settled(params.model_copy(update=copies))

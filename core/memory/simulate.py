@@ -72,8 +72,7 @@ def run_step(
         accelerator = make_accelerator(here, hook, simulated=True)
         build = build_training(here, hook, accelerator, config, params, lambda line: None, simulated=True)
         make_state(build)
-        state = (t for s in build.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
-        trace.relabel(state, "optimizer")
+        trace.relabel(optimizer_tensors(build), "optimizer")
         trace.tape.n_params = sum(p.numel() for p in build.network.parameters())
         owner = owners(build, trace)
         narrate(build, trace)
@@ -102,6 +101,16 @@ def make_state(build: Any) -> None:
         p.grad = torch.zeros_like(p)
     build.optimizer.step()
     build.optimizer.zero_grad()
+
+
+def optimizer_tensors(build: Any) -> list[Any]:
+    """The optimizer's state, and what else of memory it holds."""
+    import torch
+
+    inner = getattr(build.optimizer, "optimizer", build.optimizer)
+    held = [value for value in vars(inner).values() if isinstance(value, dict)]
+    held += list(inner.state.values())
+    return [t for values in held for t in values.values() if torch.is_tensor(t)]
 
 
 def owners(build: Any, trace: Any) -> dict[int, int]:
@@ -266,6 +275,7 @@ def cuda_semantics(cuda: bool, capability: tuple[int, int] = (8, 0)) -> Iterator
             stack.enter_context(mock.patch.object(F, "dropout", dropout))
             stack.enter_context(mock.patch.object(core.model, "shares_heads", shares_heads))
             stack.enter_context(mock.patch.object(F, "rms_norm", rms_norm))
+            stack.enter_context(mock.patch.object(core.model, "takes_apart", lambda x: False))
         yield
 
 

@@ -40,7 +40,7 @@ WORDS = (
 )
 SMALL: dict[str, Any] = {
     "seed": 7,
-    "hardware": {"profile": "cpu", "strategies": {"add": [], "remove": ["bf16", "threads"]}},
+    "hardware": {"profile": "cpu", "strategies": {"add": [], "remove": ["bf16", "threads", "malloc"]}},
     "data": {"source": "text", "path": "corpus.txt", "documents": "lines", "val_fraction": 0.1},
     "tokenizer": {"kind": "bpe", "vocab_size": 320},
     "model": {

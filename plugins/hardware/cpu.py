@@ -8,6 +8,6 @@ def hardware_profiles():
     return HardwareProfile(
         name="cpu",
         device="cpu",
-        strategies=("threads", "bf16?", "accumulation", "chunked_head", "loader"),
+        strategies=("threads", "malloc?", "bf16?", "muon", "accumulation", "chunked_head", "loader"),
         options={"accumulation": {"max_micro_batch_tokens": 2048}},  # bench/cpu_micro_batch.py
     )

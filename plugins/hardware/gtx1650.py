@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(7, 5),
         bandwidth_gbs=128,
         tflops={"fp32": 2.98},
-        strategies=("accumulation", "allocator", "loader", "cleanup"),
+        strategies=("muon", "accumulation", "allocator", "loader", "cleanup"),
         source="cputronic.com, pcpartdb.com; GDDR5 version",
     )

@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(8, 6),
         bandwidth_gbs=112,
         tflops={"bf16": 12.1, "fp16": 12.1, "fp32": 6.05},
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="16 SMs x 512 FLOP x 1.477 GHz at 45 W (hmc-tech.com, waredb.com); 64 bit x 14 Gbps",
     )

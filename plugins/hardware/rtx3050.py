@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(8, 6),
         bandwidth_gbs=192,
         tflops={"bf16": 14.25, "fp16": 14.25, "fp32": 7.13},
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="80 W figures (hmc-tech.com); bandwidth of the 128-bit version, unverified",
     )

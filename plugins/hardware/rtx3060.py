@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(8, 6),
         bandwidth_gbs=360,
         tflops={"bf16": 25.5, "fp16": 25.5, "fp32": 12.7},
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="28 SMs x 512 FLOP x 1.777 GHz (fpsbench.com); bandwidth unverified",
     )

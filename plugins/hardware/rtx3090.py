@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(8, 6),
         bandwidth_gbs=936,
         tflops={"bf16": 71.0, "fp16": 71.0, "fp32": 35.6},
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="NVIDIA Ampere GA102 whitepaper v2",
     )

@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(8, 9),
         bandwidth_gbs=1008,
         tflops={"bf16": 165.2, "fp16": 165.2, "fp32": 82.6},
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="NVIDIA Ada whitepaper; waredb.com",
     )

@@ -12,6 +12,6 @@ def hardware_profiles():
         compute_capability=(7, 5),
         bandwidth_gbs=320,
         tflops={"fp16": 65.0, "fp32": 8.1},
-        strategies=("fp16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("fp16", "muon", "accumulation", "allocator", "loader", "cleanup"),
         source="NVIDIA T4 datasheet",
     )

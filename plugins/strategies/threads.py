@@ -1,7 +1,8 @@
-"""How long a CPU thread spins at the end of a parallel loop before it sleeps.
+"""How many threads train on a CPU, and how long one spins at the end of a parallel loop before it sleeps.
 
 OpenMP's default spins for so long that training on all cores slows down severely as soon as any other program
 wants one of them; a short spin costs nothing that can be measured on an idle machine (docs/measurements/threads.md).
+Threads are not bound to cores: a bound one waits for its core while another is free.
 """
 
 from core.hookspecs import Phase, Strategy, hookimpl
@@ -9,18 +10,21 @@ from core.hookspecs import Phase, Strategy, hookimpl
 
 class Threads(Strategy):
     name, phase, slot = "threads", Phase.ENV, "threads"
-    # In libgomp's busy-loop rounds; its default is 300,000 (GCC's libgomp manual, GOMP_SPINCOUNT).
-    defaults = {"spin_count": 1000}
+    # threads 0: all cores. spin_count: libgomp's rounds, 300,000 by default (GCC's libgomp manual, GOMP_SPINCOUNT).
+    defaults = {"threads": 0, "spin_count": 5000}
 
     def available(self, facts, profile):
         return None if profile.device == "cpu" else "the card does the work, not the CPU's threads"
 
     @hookimpl
     def configure_env(self, plan, facts):
+        asked, n = self.opts(plan)["threads"], max(1, facts.cores // plan.num_processes)
+        each = "threads.threads" if asked else "the cores that this process may use"
+        threads = {"OMP_NUM_THREADS": (str(asked or n), each if n == facts.cores else f"{each}, shared")}
         reason = "a thread that waits gives its core to other programs soon"
         if facts.os in ("windows", "macos"):  # there torch uses Intel's or LLVM's OpenMP; 1 ms instead of 200
-            return {"KMP_BLOCKTIME": ("1", reason)}
-        return {"GOMP_SPINCOUNT": (str(self.opts(plan)["spin_count"]), reason)}
+            return threads | {"KMP_BLOCKTIME": ("1", reason)}
+        return threads | {"GOMP_SPINCOUNT": (str(self.opts(plan)["spin_count"]), reason)}
 
 
 @hookimpl

@@ -142,7 +142,7 @@ def test_the_users_micro_batch_is_the_only_candidate() -> None:
     assert plan.micro_batches == (4,) and plan.fits
     assert plan["micro_batch"] == plan.fit.forecast.micro_batch == plan.fit.smallest.micro_batch == 4
     no_rungs = {"remove": ["checkpointing", "adamw8bit", "bf16_weights"]}
-    tight = {"memory_gib": plan.fit.forecast.needed / GIB / 1.1, "strategies": no_rungs}
+    tight = {"memory_gib": plan.fit.forecast.needed / GIB / 1.05, "strategies": no_rungs}
     plan = resolve(params_of(train={"micro_batch": 4}, hardware=tight), facts, REGISTRY, Forecaster())
     assert not plan.fits and plan["micro_batch"] == 4
     plan = resolve(params_of(hardware=tight), facts, REGISTRY, Forecaster())
@@ -168,7 +168,13 @@ def test_parts_of_the_peak() -> None:
     f = Forecaster().fit(plan, params, REGISTRY, [8]).forecast
     assert tuple(f.parts) == KINDS and f.op and f.phase == "forward and backward"
     assert sum(f.parts.values()) <= f.allocated <= f.needed <= f.reserved
-    assert f.resident == pytest.approx(12 * plan.model.n_params, rel=0.02)  # and rotary embeddings
+    hidden = plan.model.matmul_params - plan.model.vocab_size * plan.model.n_embd
+    state = 8 * plan.model.n_params - 4 * hidden  # Muon keeps one number where AdamW keeps two
+    room = f.parts["optimizer"] - state
+    assert 0 < room < 1 << 20
+    assert f.resident == pytest.approx(
+        4 * plan.model.n_params + state + room, rel=0.02
+    )  # and rotary embeddings
     assert f.seconds and 0 < f.seconds[0] < f.seconds[1]
     tokens = plan.sequences * plan.model.block_size
     assert f.flops == pytest.approx(plan.model.flops_per_token * tokens, rel=0.1)

@@ -207,12 +207,12 @@ def test_every_profile_with_every_preset(project: Project, one_tape: None) -> No
 
 
 def test_some_of_all_and_what_cannot_be_planned(project: Project, one_tape: None) -> None:
-    strategies = {"add": ["fp16"]}
+    strategies = {"add": ["threads"]}
     make_project(project.root, hardware={"strategies": strategies}, model=MODEL, train={"batch_tokens": 1024})
     table = asked("--all", "--preset", "nano")
     assert [(row["preset"], row["profile"]) for row in table] == [("nano", profile) for profile in PROFILES]
     errors = {row["profile"]: row["error"] for row in table if "error" in row}
-    assert "fp16" in errors["rtx2050"] and "t4" not in errors
+    assert "threads" in errors["rtx2050"] and "cpu" not in errors
     result = tightfit("--all", "--preset", "nano", "--profile", "rtx2050")
     assert result.exit_code == 0 and re.search(r"^nano +rtx2050 +cannot", result.stdout, re.M)
 

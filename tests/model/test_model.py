@@ -97,10 +97,12 @@ def test_same_seed_same_weights(architecture):
 def test_initial_weights(architecture):
     sizes = config(architecture=architecture, n_layer=4, n_embd=128)
     for name, p in build_model(sizes, seed=1).named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
-            assert p.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05), name
-        elif p.dim() == 2:
-            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        if p.dim() == 2:
+            embedding = any(word in name for word in ("embed", "wte", "wpe", "lm_head"))
+            std = 0.02 if embedding or architecture == "gpt2" else 0.5 / math.sqrt(p.shape[1])
+            if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
+                std /= math.sqrt(8)
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
         else:
             assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
 
@@ -142,9 +144,12 @@ def test_sizes_that_do_not_work(given, message):
         config(**given)
 
 
-def test_qwen3_is_transformers_qwen3():
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_qwen3_is_transformers_qwen3(tie, normalize):
+    """What is saved: embeddings that are normalised in training are so in the file."""
     transformers = pytest.importorskip("transformers")
-    sizes = config(n_kv_head=2)
+    sizes = config(n_kv_head=2, tie_embeddings=tie, normalize_embeddings=normalize)
     ours = build_model(sizes, seed=1).eval()
     theirs = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
@@ -157,10 +162,13 @@ def test_qwen3_is_transformers_qwen3():
             head_dim=sizes.head_dim,
             max_position_embeddings=sizes.block_size,
             rms_norm_eps=1e-6,
-            tie_word_embeddings=True,
+            tie_word_embeddings=ours.exported()[1].tie_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
         )
     ).eval()
-    theirs.load_state_dict(ours.state_dict())
+    state, saved = ours.exported()
+    assert not saved.normalize_embeddings and saved.tie_embeddings == (tie and not normalize)
+    state |= {} if "lm_head.weight" in state else {"lm_head.weight": state["model.embed_tokens.weight"]}
+    theirs.load_state_dict(state)
     tokens = torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)

@@ -20,6 +20,7 @@ from core.cli import main
 from core.errors import PluginError, UserError
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Phase, Plan, Strategy, hookimpl
 from core.memory.ladder import rungs_of
+from core.params import HardwareParams
 from core.plan import accelerator_kwargs, load_state, plan_json, resolve, runtime, saved_state
 from core.plugin_guard import HookError, guard
 from core.plugins import RUNTIME_HOOKS, Registry
@@ -156,7 +157,9 @@ def test_a_rung_that_cannot_say_whether_it_is_available(project: Project, write_
     with pytest.raises(
         HookError, match=r"plugins/strategies/mine\.py:7: available\(\) failed: AttributeError"
     ):
-        rungs_of(SimpleNamespace(active=[], profile=registry.profiles["cpu"]), FACTS, registry, [])  # type: ignore[arg-type]
+        rungs_of(
+            SimpleNamespace(active=[], profile=registry.profiles["cpu"]), FACTS, registry, HardwareParams()
+        )  # type: ignore[arg-type]
 
 
 # ---- step_context

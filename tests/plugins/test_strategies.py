@@ -23,7 +23,7 @@ from core.project import Project
 REPO = Path(core.__file__).parents[1]
 BUNDLED = sorted(p.stem for p in (REPO / "plugins" / "strategies").glob("*.py"))
 CPU = HardwareProfile("a-cpu", device="cpu")
-RECIPE = {"bf16", "fp16", "adamw8bit", "bf16_weights"}
+RECIPE = {"bf16", "fp16", "muon", "adamw8bit", "bf16_weights"}
 LADDER = ["chunked_head", "checkpointing", "adamw8bit", "bf16_weights"]
 COMPLETE = frozenset(OPTIONAL_MODULES)
 
@@ -173,10 +173,73 @@ def test_card_strategies_say_so_on_a_cpu(registry: Registry, name: str) -> None:
 
 def test_threads_spin_less_on_a_cpu_only(tmp_path: Path, registry: Registry) -> None:
     plan = plan_with(tmp_path, registry, CPU, "threads", threads={"spin_count": 5})
-    assert {variable: choice.value for variable, choice in plan.env.items()} == {"GOMP_SPINCOUNT": "5"}
-    plan = plan_with(tmp_path, registry, CPU, "threads", os="windows")
-    assert {variable: choice.value for variable, choice in plan.env.items()} == {"KMP_BLOCKTIME": "1"}
+    env = {variable: choice.value for variable, choice in plan.env.items()}
+    assert env == {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "5"}
+    plan = plan_with(tmp_path, registry, CPU, "threads", os="windows", threads={"threads": 3})
+    env = {variable: choice.value for variable, choice in plan.env.items()}
+    assert env == {"OMP_NUM_THREADS": "3", "KMP_BLOCKTIME": "1"}
     assert registry.strategies["threads"].available(Facts(), card((8, 6)))
+
+
+# ---- malloc
+
+
+@pytest.mark.parametrize(("simulated", "answer"), [(False, 1), (False, 0), (True, 1)])
+def test_malloc_is_told_to_keep_memory_and_says_where_it_will_not(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, simulated: bool, answer: int
+) -> None:
+    told: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *setting: told.append(setting) or answer)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    said: list[str] = []
+    import torch
+
+    model = torch.nn.Linear(1, 1)
+    build = Build(
+        plan=None,  # type: ignore[arg-type]
+        accelerator=None,
+        network=model,
+        model=model,
+        simulated=simulated,
+        say=said.append,
+    )
+    registry.strategies["malloc"].prepare_model(build=build)  # type: ignore[attr-defined]
+    assert told == ([] if simulated else [(-3, 1 << 25), (-1, 2**31 - 1)][: 1 + answer])
+    assert bool(said) == (answer == 0)
+
+
+def test_malloc_where_it_works(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    malloc = registry.strategies["malloc"]
+    assert malloc.available(Facts(), card((8, 6))) == "a card's memory has its own allocator"
+    for library, works in (("glibc", True), ("", False)):
+        monkeypatch.setattr("platform.libc_ver", lambda name=library: (name, "2.36"))
+        assert (malloc.available(Facts(), CPU) is None) == works
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1 << 30, 1 << 30))
+    assert "ulimit -v" in malloc.available(Facts(), CPU)
+
+
+# ---- compile
+
+
+@pytest.mark.parametrize(
+    ("profile", "os", "modules", "why_not"),
+    [
+        (CPU, "linux", {"c++"}, None),
+        (CPU, "linux", {"triton"}, "no C++ compiler found: install g++"),
+        (CPU, "windows", set(), "on Windows Visual Studio's"),
+        (card((8, 6)), "linux", {"triton"}, None),
+        (card((7, 5)), "linux", {"c++"}, "pip install triton"),
+        (card((8, 6)), "windows", {"c++"}, "pip install triton-windows"),
+        (card((6, 1)), "linux", {"triton"}, "a-card has less"),
+    ],
+)
+def test_compile_needs_a_compiler(
+    registry: Registry, profile: HardwareProfile, os: str, modules: set[str], why_not: str | None
+) -> None:
+    said = registry.strategies["compile"].available(Facts(os=os, modules=frozenset(modules)), profile)
+    assert said == why_not or (why_not and why_not in said)
 
 
 # ---- the data loader

@@ -98,7 +98,7 @@ def test_first_three_lines_and_outputs(here: Machine) -> None:
         "kernels for  sm_75, sm_80",
         "expandable segments yes",
         "profile      rtx4060: NVIDIA GeForce RTX 4060 matches",
-        "strategies   allocator → bf16 → accumulation → loader → cleanup",
+        "strategies   allocator → bf16 → accumulation → muon → loader → cleanup",
         "PYTORCH_ALLOC_CONF = expandable_segments:True",
         " GiB at micro-batch 8",
         "7.75 GiB less 0.4 for CUDA's context and 0.1 for the desktop on linux",

@@ -23,7 +23,14 @@ from core.run import Run
 
 SMALL: dict[str, Any] = {
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
-    "train": {"max_steps": 4, "batch_tokens": 128, "micro_batch": 4, "eval_interval": 2, "eval_tokens": 64},
+    "train": {
+        "max_steps": 4,
+        "batch_tokens": 128,
+        "micro_batch": 4,
+        "lr": 0.001,
+        "eval_interval": 2,
+        "eval_tokens": 64,
+    },
 }
 
 

@@ -187,7 +187,8 @@ def test_the_shipped_optimizer_allocates_nothing_in_its_update(bench: Bench) -> 
         with Trace() as trace:
             result = step(*args, **kwargs)
         if bench.build.updating:
-            made.append(sum(e >= 0 for e in trace.tape.events))
+            # What was there before is seen for the first time, and stays; what a step takes for itself is freed.
+            made.append(sum(e < 0 for e in trace.tape.events))
         return result
 
     bench.build.optimizer.step = traced
@@ -386,7 +387,10 @@ def test_a_real_limit_of_memory(ready: Any) -> None:
     project = ready(
         hardware={
             "profile": "cpu",
-            "strategies": {"add": [], "remove": ["bf16", "chunked_head"]},
+            "strategies": {
+                "add": [],
+                "remove": ["bf16", "chunked_head", "malloc"],
+            },  # malloc looks for a limit at the start
             "options": {"accumulation": {"max_micro_batch_tokens": 0}},
         },
         train={"max_steps": 2, "batch_tokens": 16384, "eval_interval": 2, "eval_tokens": 512},

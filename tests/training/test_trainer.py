@@ -50,9 +50,13 @@ def one_step(project, pieces: int, micro_batch: int):
     return loss.item(), norm.item(), [p.detach().clone() for p in build.model.parameters()]
 
 
+# Muon's first update has the same size in every direction, those too in which there is nothing but rounding.
+ADAMW: dict = {"hardware": {"strategies": {"add": [], "remove": ["muon"]}}, "train": {"lr": 1e-3}}
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
 def test_a_window_cut_differently_is_the_same_step(ready, architecture):
-    project = ready(model={"architecture": architecture})
+    project = ready(model={"architecture": architecture}, **ADAMW)
     loss, norm, whole = one_step(project, 1, 8)
     for pieces, micro_batch in ((2, 4), (8, 1)):
         loss_, norm_, cut = one_step(project, pieces, micro_batch)
@@ -64,7 +68,7 @@ def test_a_window_cut_differently_is_the_same_step(ready, architecture):
 
 def test_a_window_is_normalised_by_its_tokens_not_by_its_pieces(ready):
     """Pieces of unequal size count by their tokens: the step is that of the whole window."""
-    project = ready()
+    project = ready(**ADAMW)
     _, _, whole = one_step(project, 1, 8)
     _, _, uneven = one_step(project, 2, 6)  # 6 and 2 sequences
     for a, b in zip(whole, uneven, strict=True):

@@ -1,0 +1,41 @@
+"""The C library keeps the memory of freed tensors for the next step, instead of handing it back to the system.
+
+Otherwise each large tensor of each step is mapped anew, and every page of it zeroed by the kernel at its first touch.
+"""
+
+from core.hookspecs import Phase, Strategy, hookimpl
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
+KEPT, FROM_HEAP = 2**31 - 1, 1 << 25  # bytes: as many as an int holds; what is larger is mapped all the same
+
+
+class Malloc(Strategy):
+    name, phase, slot = "malloc", Phase.MODEL, "malloc"
+
+    def available(self, facts, profile):
+        import platform
+
+        if profile.device != "cpu":
+            return "a card's memory has its own allocator"
+        if platform.libc_ver()[0] != "glibc":
+            return "only the GNU C library has these settings"
+        import resource
+
+        if (
+            resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        ):  # seen to wait for ever at the limit
+            return "the address space is limited (ulimit -v), which it does not stand"
+        return None
+
+    @hookimpl
+    def prepare_model(self, build):
+        import ctypes
+
+        mallopt = None if build.simulated else ctypes.CDLL(None).mallopt
+        if mallopt and not (mallopt(M_MMAP_THRESHOLD, FROM_HEAP) and mallopt(M_TRIM_THRESHOLD, KEPT)):
+            build.say("note: malloc: this C library refuses the setting; memory is handed back as before")
+
+
+@hookimpl
+def strategies():
+    return Malloc()
