@@ -72,7 +72,7 @@ def run_step(
         accelerator = make_accelerator(here, hook, simulated=True)
         build = build_training(here, hook, accelerator, config, params, lambda line: None, simulated=True)
         make_state(build)
-        trace.relabel(optimizer_tensors(build), "optimizer")
+        trace.relabel(iter(optimizer_tensors(build)), "optimizer")
         trace.tape.n_params = sum(p.numel() for p in build.network.parameters())
         owner = owners(build, trace)
         narrate(build, trace)
