@@ -21,6 +21,9 @@ PRESETS = {
     "1.5b": (48, 25, 1600, 1024),
 }
 
+SMALL_VOCABULARY = 4
+"""Ids per channel up to which qwen3's output head is a matrix of its own, unless params say otherwise."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -54,6 +57,11 @@ class ModelConfig:
         n_head = params.n_head or n_head
         n_embd = params.n_embd or n_embd
         qwen3 = params.architecture == "qwen3"
+        vocab_size = round_up(n_vocab, 64)
+        # A head of its own learned faster with 4 ids per channel, and slower, besides its memory, with 43
+        # (docs/lab-log.md).
+        tie = params.tie_embeddings
+        tie = (not qwen3 or vocab_size > SMALL_VOCABULARY * n_embd) if tie is None else tie
         config = cls(
             architecture=params.architecture,
             n_layer=params.n_layer or n_layer,
@@ -63,8 +71,8 @@ class ModelConfig:
             # Three matrices of 8/3 C hold as many parameters as two of 4 C (Shazeer 2020, arXiv 2002.05202).
             n_inner=params.n_inner or (round_up(8 * n_embd // 3, 64) if qwen3 else 4 * n_embd),
             block_size=params.block_size or block_size,
-            vocab_size=round_up(n_vocab, 64),
-            tie_embeddings=params.tie_embeddings,
+            vocab_size=vocab_size,
+            tie_embeddings=tie,
             normalize_embeddings=params.normalize_embeddings and qwen3,
             rope_theta=params.rope_theta,
             dropout=params.dropout,

@@ -210,8 +210,8 @@ class ModelParams(Section):
     """Width of the feed-forward layer (default: 4 n_embd for gpt2, 8/3 n_embd rounded up to 64 for qwen3)."""
     block_size: Annotated[int, Field(ge=8, le=1 << 17)] | None = None
     """Context length T [tokens]."""
-    tie_embeddings: bool = True
-    """Use the token embedding as output head."""
+    tie_embeddings: bool | None = None
+    """Use the token embedding as output head (default: true, but false for qwen3 with few ids, as bytes are)."""
     normalize_embeddings: bool = True
     """qwen3: a token enters the first layer with an rms of 1. Folded into the saved weights, whose embedding and head
     are two matrices then."""
