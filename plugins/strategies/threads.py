@@ -10,7 +10,7 @@ from core.hookspecs import Phase, Strategy, hookimpl
 
 class Threads(Strategy):
     name, phase, slot = "threads", Phase.ENV, "threads"
-    # threads 0: all cores. spin_count: libgomp's rounds, 300,000 by default (GCC's libgomp manual, GOMP_SPINCOUNT).
+    # threads 0: torch's own choice, all cores that it may use. spin_count: libgomp's rounds, 300,000 by default (GCC's libgomp manual, GOMP_SPINCOUNT).
     defaults = {"threads": 0, "spin_count": 5000}
 
     def available(self, facts, profile):
@@ -18,9 +18,8 @@ class Threads(Strategy):
 
     @hookimpl
     def configure_env(self, plan, facts):
-        asked, n = self.opts(plan)["threads"], max(1, facts.cores // plan.num_processes)
-        each = "threads.threads" if asked else "the cores that this process may use"
-        threads = {"OMP_NUM_THREADS": (str(asked or n), each if n == facts.cores else f"{each}, shared")}
+        asked = self.opts(plan)["threads"]
+        threads = {"OMP_NUM_THREADS": (str(asked), "threads.threads")} if asked else {}
         reason = "a thread that waits gives its core to other programs soon"
         if facts.os in ("windows", "macos"):  # there torch uses Intel's or LLVM's OpenMP; 1 ms instead of 200
             return threads | {"KMP_BLOCKTIME": ("1", reason)}

@@ -69,7 +69,9 @@ def is_right(key: str, how: str) -> bool:
     if how == "null":  # the budget in use has to be a number
         return KEYS[key] is None and key != "train.max_steps"
     if how == "true":
-        return isinstance(KEYS[key], bool)
+        return (
+            isinstance(KEYS[key], bool) or key == "model.tie_embeddings"
+        )  # which follows the sizes, if null
     if how == "zero":
         return key in ZERO_IS_RIGHT
     if how == "text":
