@@ -1,4 +1,4 @@
-"""How many threads train on a CPU, and how long one spins at the end of a parallel loop before it sleeps.
+"""How long a CPU thread spins at the end of a parallel loop before it sleeps.
 
 OpenMP's default spins for so long that training on all cores slows down severely as soon as any other program
 wants one of them; a short spin costs nothing that can be measured on an idle machine (docs/measurements/threads.md).
@@ -10,7 +10,8 @@ from core.hookspecs import Phase, Strategy, hookimpl
 
 class Threads(Strategy):
     name, phase, slot = "threads", Phase.ENV, "threads"
-    # threads 0: torch's own choice, all cores that it may use. spin_count: libgomp's rounds, 300,000 by default (GCC's libgomp manual, GOMP_SPINCOUNT).
+    # threads 0: torch's own choice, all cores that it may use. spin_count: libgomp's rounds, 300,000 by default (GCC's
+    # libgomp manual, GOMP_SPINCOUNT).
     defaults = {"threads": 0, "spin_count": 5000}
 
     def available(self, facts, profile):
