@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from core.optim import adamw_state
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -58,18 +60,14 @@ class Muon(torch.optim.Optimizer):
         values = side = 0
         for group in self.param_groups:
             for p in group["params"]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
                 if group["muon"]:
+                    step = torch.zeros((), dtype=torch.float32, device=p.device)
                     self.state[p] = {"step": step, "momentum": torch.zeros_like(p)}
                     rows, _ = _wide(p.shape)
                     n = _at_once(p.shape)
                     values, side = max(values, n * p.numel()), max(side, n * rows**2)
                 else:
-                    self.state[p] = {
-                        "step": step,
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
+                    self.state[p] = adamw_state(p)
         if values:
             for name, size in (("x", values), ("y", values), ("a", side), ("b", side), ("norm", AT_ONCE)):
                 self._room[name] = torch.empty(size, dtype=dtype, device=p.device)
@@ -117,9 +115,8 @@ class Muon(torch.optim.Optimizer):
         rise = group["momentum"] - FIRST_MOMENTUM
         momentum.copy_(self.state[parameters[0]]["step"])
         momentum.div_(MOMENTUM_STEPS).clamp_(max=1.0).mul_(rise).add_(FIRST_MOMENTUM)
-        weight.copy_(momentum).neg_().add_(1.0).mul_(
-            good
-        )  # of the gradient in the average; 0 where it is bad
+        # Of the gradient in the average; 0 where it is bad.
+        weight.copy_(momentum).neg_().add_(1.0).mul_(good)
         for p in parameters:
             gradient, state = p.grad, self.state[p]
             assert gradient is not None

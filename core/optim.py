@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from core.params import TrainParams
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from core.hookspecs import Build
@@ -36,12 +36,19 @@ def adamw(build: Build) -> Optimizer:
     optimizer = torch.optim.AdamW(groups, lr=build.lr, betas=build.betas, fused=True)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            optimizer.state[p] = adamw_state(p)
     return optimizer
+
+
+def adamw_state(p: Tensor) -> dict[str, Tensor]:
+    """What torch's fused AdamW keeps of a parameter, before its first step."""
+    import torch
+
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
 
 
 def check_groups(model: nn.Module, optimizer: Optimizer) -> None:

@@ -21,9 +21,8 @@ class Malloc(Strategy):
             return "only the GNU C library has these settings"
         import resource
 
-        if (
-            resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-        ):  # seen to wait for ever at the limit
+        # At such a limit it was seen to wait for ever.
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
             return "the address space is limited (ulimit -v), which it does not stand"
         return None
 
