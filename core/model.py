@@ -110,6 +110,8 @@ def takes_apart(x: Tensor) -> bool:
 
 def normalized(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension."""
+    if takes_apart(x):
+        return fused.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6)
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -348,7 +350,8 @@ def init_weights(model: Network, config: ModelConfig, seed: int) -> None:
     """Draw every parameter; asserts that each is reached by exactly one rule.
 
     Embeddings are N(0, 0.02), and gpt2's matrices too; qwen3's are N(0, 0.5 / sqrt(n)) for n inputs. Projections back
-    into the residual stream are smaller by sqrt(2 L), norms 1, biases 0.
+    into the residual stream are smaller by sqrt(2 L), norms 1, biases 0. An embedding that is normalised and is no head
+    too is N(0, 0.2): its scale only sets how fast AdamW turns it.
     """
     generator = torch.Generator().manual_seed(seed)
     qwen3 = config.architecture == "qwen3"
@@ -370,5 +373,7 @@ def init_weights(model: Network, config: ModelConfig, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             std = 0.5 / math.sqrt(parameter.shape[1]) if qwen3 and chosen[0] != "embedding" else 0.02
+            if module == "embed_tokens" and config.normalize_embeddings and not config.tie_embeddings:
+                std = 0.2
             std /= math.sqrt(2 * config.n_layer) if chosen[0] == "residual" else 1.0
             parameter.normal_(0.0, std, generator=generator)

@@ -77,9 +77,11 @@ Option = Annotated[Any, AfterValidator(_options)]
 if TYPE_CHECKING:  # numbers, once core.laws has settled what is auto
     BatchTokens = Any
     Rate = Any
+    Warmup = Any
 else:
     BatchTokens = Annotated[int, Field(gt=0, le=1 << 32)] | Literal["auto"]
     Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | Literal["auto"]
+    Warmup = Count | Literal["auto"]
 
 
 class Section(BaseModel):
@@ -242,8 +244,8 @@ class TrainParams(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     grad_clip: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    warmup_steps: Count = 50
-    """Steps over which lr rises from 0."""
+    warmup_steps: Warmup = "auto"
+    """Steps over which lr rises from 0. auto: 5 % of the run, at most 40."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the cool-down."""
     cooldown: Fraction = 0.6

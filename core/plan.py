@@ -377,8 +377,9 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
     core = "core"
     plan.set("dtype", "fp32", reason="no precision strategy is on", by=core)
     plan.set("batch_tokens", params.train.batch_tokens, reason=params.train.reason("batch_tokens"), by=core)
-    if (reason := params.train.reason("lr")) != "train.lr":
-        plan.notes.append(f"train.lr: {params.train.lr:g}, {reason}")
+    for key in ("lr", "warmup_steps"):
+        if (reason := params.train.reason(key)) != f"train.{key}":
+            plan.notes.append(f"train.{key}: {getattr(params.train, key):g}, {reason}")
     per_process = plan.sequences // plan.num_processes
     if plan.micro_batch is not None:
         plan.set("micro_batch", plan.micro_batch, reason="train.micro_batch", by=core)

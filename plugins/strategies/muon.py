@@ -11,7 +11,7 @@ BOUNDS = {"lr": (0, 1), "momentum": (0, 0.999), "weight_decay": (0, 10), "adamw_
 class Muon(Strategy):
     name, phase, slot, affects = "muon", Phase.OPTIMIZER, "optimizer", "recipe"
     # The law behind train.lr's auto is for networks whose matrices are AdamW's, too: what is left takes twice as much.
-    defaults = {"lr": 0.03, "momentum": 0.95, "weight_decay": 0.0, "adamw_lr": 2.0}
+    defaults = {"lr": 0.04, "momentum": 0.95, "weight_decay": 0.0, "adamw_lr": 2.0}
 
     @hookimpl
     def check_plan(self, plan):

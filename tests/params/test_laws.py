@@ -59,6 +59,16 @@ def test_a_longer_run_has_larger_batches_and_a_lower_rate() -> None:
     assert long.batch_tokens > short.batch_tokens and long.lr < short.lr
 
 
+def test_the_warm_up_is_a_share_of_a_short_run_and_bounded_in_a_long_one() -> None:
+    assert params(max_steps=200).train.warmup_steps == 10
+    assert params(max_steps=1).train.warmup_steps == 1
+    assert params(max_tokens=2_000_000, batch_tokens=4096).train.warmup_steps == 25
+    assert params(max_steps=100_000).train.warmup_steps == 40
+    assert params(max_minutes=1.0).train.warmup_steps == 40
+    assert params(warmup_steps=0).train.warmup_steps == 0
+    assert params(warmup_steps=0).train.reason("warmup_steps") == "train.warmup_steps"
+
+
 def test_auto_follows_what_is_changed_later() -> None:
     before = params()
     after = changed(before, model={"preset": "124m"}, train={"max_tokens": 2_500_000_000})

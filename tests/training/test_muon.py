@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from core import muon as muon_module
 from core.hookspecs import Build
 from core.model import build_model
 from core.model_config import ModelConfig
@@ -73,6 +74,16 @@ def test_matrices_are_stepped_together_as_each_would_be_alone() -> None:
     for p in alone:
         optimizer([p]).step()
     for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gram_matrix_gives_what_the_matrices_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_gram, by_matrix = matrices(), matrices()
+    assert any(max(p.shape) > muon_module.GRAM_SHAPE * min(p.shape) for p in by_gram)
+    optimizer(by_gram).step()
+    monkeypatch.setattr(muon_module, "GRAM_SHAPE", 1e9)
+    optimizer(by_matrix).step()
+    for p, q in zip(by_gram, by_matrix, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
