@@ -27,6 +27,7 @@ import click
 import torch
 
 import core.trainer
+from bench.figures import spread
 from core import checkpoint
 from core.hardware import read_facts
 from core.hookspecs import Build
@@ -52,10 +53,6 @@ def in_turn(times: int, *jobs: Callable[[], Any]) -> list[list[float]]:
         job()
         seconds[i].append(time.perf_counter() - start)
     return seconds
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def table_of_saves(folder: Path, times: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from bench.figures import spread
 from core.hardware import read_facts
 from core.monitor import peak_resident
 from core.params import Params, load_params
@@ -124,11 +125,6 @@ def in_child(cache: str, *call: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def spread(values: list[float]) -> str:
-    """Median, lowest and highest."""
-    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
-
-
 def table(shape: str, times: int) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-compile-") as cache:
         plain = in_child(cache, "build", shape, False)
@@ -137,9 +133,11 @@ def table(shape: str, times: int) -> None:
     a, b = (statistics.median(measured[name]) for name in ("plain", "compiled"))
     ratios = [x / y for x, y in zip(measured["plain"], measured["compiled"], strict=True)]
     click.echo(f"| {shape}; {measured['with']} | without | with compile |\n|---|---|---|")
-    click.echo(f"| seconds per step | {spread(measured['plain'])} | {spread(measured['compiled'])} |")
+    click.echo(
+        f"| seconds per step | {spread(measured['plain'], '.4g')} | {spread(measured['compiled'], '.4g')} |"
+    )
     click.echo(f"| tokens/s | {measured['tokens'] / a:,.0f} | {measured['tokens'] / b:,.0f} |")
-    click.echo(f"| speed, pair by pair | 1 | {spread(ratios)} |")
+    click.echo(f"| speed, pair by pair | 1 | {spread(ratios, '.4g')} |")
     first, last = measured["losses"]
     click.echo(
         f"| loss, {times + 3} steps | {first:.4f} to {last:.4f} | at most {measured['apart']:.2g} from it |"

@@ -6,7 +6,7 @@
     python -m bench.learning --quick              # tiny sizes
 
 Every training is a fresh process on the CPU with all cores, one after the other; programs take turns, every turn has
-its own seed. A figure is the mean of the turns, with the smallest and the largest; a ratio is of one turn.
+its own seed. A figure is the median of the turns, with the smallest and the largest; a ratio is of one turn.
 
 shakespeare: nanoGPT's train.py with config/train_shakespeare_char.py and the arguments that its README gives for a
 CPU, as it is and with a higher learning rate, 2,000 updates each. Tightfit's stages with a network of the same sizes,
@@ -49,6 +49,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.figures import spread
 from bench.throughput import INSTALL, REPO
 
 UPDATES = 2000
@@ -357,12 +358,6 @@ def in_turns(
                 err=True,
             )
     return results
-
-
-def spread(values: list[float], form: str) -> str:
-    """The mean; in brackets the smallest and the largest."""
-    mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def of(runs: list[Trained], name: str) -> list[float]:

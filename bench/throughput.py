@@ -40,6 +40,8 @@ from typing import Any
 
 import click
 
+from bench.figures import spread
+
 REPO = Path(__file__).parents[1]
 GIB = 1 << 30
 WARMUP, TOKENS = 2, 1 << 18
@@ -562,13 +564,6 @@ class Children:
 
 
 # ---- the tables
-
-
-def spread(values: list[float], form: str) -> str:
-    middle = format(statistics.median(values), form)
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({min(values):{form}} to {max(values):{form}})"
 
 
 def require_equal(looks: dict[str, dict[str, Any]], flops: float) -> None:

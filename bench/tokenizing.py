@@ -12,7 +12,6 @@ per second of CPU, which a busy neighbour changes least, the disk per second of 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import click
 import numpy as np
 import psutil
 
+from bench.figures import spread
 from core import bpe
 from core.corpus import prepare, read_documents
 from core.files import new_folder, read_json, sha256_file, write_json, write_text
@@ -143,11 +143,6 @@ def in_turn(turns: int, jobs: dict[str, Job], clock: Callable[[], float]) -> dic
     return seconds
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    low, middle, high = (f"{x:,.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
-
-
 def table(title: str, seconds: dict[str, list[float]], size: int, ours: str) -> None:
     """A row for each job: its MB/s, its seconds, and how many times its speed `ours` has."""
     click.echo(f"\n| {title} | MB/s: median (lowest to highest) | seconds | speed of: {ours} / this |")
@@ -155,7 +150,9 @@ def table(title: str, seconds: dict[str, list[float]], size: int, ours: str) -> 
     for name, times in seconds.items():
         rates = [size / 1e6 / t for t in times]
         ratios = [t / own for t, own in zip(times, seconds[ours], strict=True)]
-        click.echo(f"| {name} | {spread(rates)} | {spread(times, 3)} | {spread(ratios)} |")
+        click.echo(
+            f"| {name} | {spread(rates, ',.2f')} | {spread(times, ',.3f')} | {spread(ratios, ',.2f')} |"
+        )
 
 
 def table_of_encoding(project: Project, texts: list[str], tokenizer: Tokenizer, turns: int) -> None:
