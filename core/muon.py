@@ -74,7 +74,10 @@ class Muon(torch.optim.Optimizer):
                 else:
                     self.state[p] = adamw_state(p)
         if values:
-            for name, size in (("x", values), ("y", values), ("side", 4 * side), ("norm", AT_ONCE)):
+            sizes = {"x": values, "y": values, "gram": side, "factor": side, "norm": AT_ONCE}
+            if dtype == torch.float32:
+                sizes |= {"product": side, "spare": side}
+            for name, size in sizes.items():
                 self._room[name] = torch.empty(size, dtype=dtype, device=p.device)
             for name in ("good", "momentum", "weight", "decay"):
                 self._room[name] = torch.empty((), dtype=torch.float32, device=p.device)
@@ -150,30 +153,42 @@ class Muon(torch.optim.Optimizer):
         rows, columns = _wide(matrices[0].shape)
         n = len(matrices)
         x, y = (self._room[name][: n * rows * columns].view(n, rows, columns) for name in "xy")
-        gram, product, other, spare = self._room["side"][: 4 * n * rows * rows].view(4, n, rows, rows)
         for row, p in zip(x, matrices, strict=True):
             assert p.grad is not None
             row.copy_(p.grad if p.shape == row.shape else p.grad.mT)
         norm = self._room["norm"][:n].view(n, 1, 1)  # no singular value is larger
         torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, out=norm)
         x.div_(norm.mul_(SLACK).clamp_(min=1e-7))
-        at_once = len(POLYNOMIALS) if x.dtype == torch.float32 and columns > GRAM_SHAPE * rows else 1
-        for first in range(0, len(POLYNOMIALS), at_once):
+        if x.dtype == torch.float32 and columns > GRAM_SHAPE * rows:
+            return torch.bmm(self._factor(x), x, out=y)
+        gram, factor = self._squares(x, "gram", "factor")
+        for linear, cubic, quintic in POLYNOMIALS:
             torch.bmm(x, x.mT, out=gram)
-            factor = product
-            for i, (linear, cubic, quintic) in enumerate(POLYNOMIALS[first : first + at_once]):
-                if i:  # the Gram matrix of what the polynomial before made of x
-                    torch.bmm(factor, gram, out=spare)
-                    torch.bmm(spare, factor, out=gram)
-                factor = other if i else product
-                torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic, out=factor)
-                factor.diagonal(dim1=1, dim2=2).add_(linear)
-                if i:
-                    torch.bmm(factor, product, out=spare)
-                    product, spare = spare, product
-            torch.bmm(product, x, out=y)
+            torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic, out=factor)
+            torch.baddbmm(x, factor, x, beta=linear, out=y)
             x, y = y, x
         return x
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """What x has to be multiplied by, from the left, for all of its singular values to be near 1."""
+        gram, factor, product, spare = self._squares(x, "gram", "factor", "product", "spare")
+        torch.bmm(x, x.mT, out=gram)
+        for i, (linear, cubic, quintic) in enumerate(POLYNOMIALS):
+            if i:  # the Gram matrix of what the polynomial before makes of x
+                torch.bmm(factor, gram, out=spare)
+                torch.bmm(spare, factor, out=gram)
+            torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic, out=factor)
+            factor.diagonal(dim1=1, dim2=2).add_(linear)
+            if i:
+                torch.bmm(factor, product, out=spare)
+                product, spare = spare, product
+            else:
+                product.copy_(factor)
+        return product
+
+    def _squares(self, x: Tensor, *names: str) -> Iterator[Tensor]:
+        n, rows, _ = x.shape
+        return (self._room[name][: n * rows * rows].view(n, rows, rows) for name in names)
 
 
 def batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
