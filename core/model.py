@@ -109,9 +109,9 @@ def takes_apart(x: Tensor) -> bool:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension."""
+    """x / rms(x) over the last dimension, in the dtype of x."""
     if takes_apart(x):
-        return fused.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6)
+        return fused.rms_norm(x, x.new_ones(x.shape[-1]), 1e-6).to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 

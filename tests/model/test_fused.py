@@ -205,3 +205,11 @@ def test_a_compiler_sees_the_plain_formulas(monkeypatch: pytest.MonkeyPatch) -> 
     assert not model.takes_apart(x.to("meta"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not model.takes_apart(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalized_embeddings_keep_their_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    x = draw(5, 16, dtype=dtype) * 0.02
+    ours = model.normalized(x)
+    with taken_apart(monkeypatch):
+        torch.testing.assert_close(ours, model.normalized(x))

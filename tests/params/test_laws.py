@@ -73,6 +73,7 @@ def test_auto_follows_what_is_changed_later() -> None:
     before = params()
     after = changed(before, model={"preset": "124m"}, train={"max_tokens": 2_500_000_000})
     assert after.train.lr < before.train.lr and after.train.batch_tokens > before.train.batch_tokens
+    assert before.train.warmup_steps == 25 and after.train.warmup_steps == 40
     mine = changed(after, train={"batch_tokens": 2048})
     assert mine.train.batch_tokens == 2048 and mine.train.reason("batch_tokens") == "train.batch_tokens"
     assert "2401.02954" in mine.train.reason("lr")
