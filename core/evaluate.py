@@ -40,19 +40,19 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
 
     alone = replace(plan, num_processes=1)  # one process measures; the plan may train with several
     accelerator = make_accelerator(alone, runtime(plan).hook)
-    model = accelerator.prepare(model)
+    model.to(accelerator.device)
     bytes_of = tokenizer.token_bytes()
-    result = measure(model, accelerator, held_out, bytes_of, plan["micro_batch"], params.max_tokens, echo)
-    config = accelerator.unwrap_model(model).config
+    with accelerator.autocast():
+        result = measure(model, accelerator, held_out, bytes_of, plan["micro_batch"], params.max_tokens, echo)
     metrics = {
         "bits_per_byte": round(result["bits_per_byte"], 6),
         "loss": round(result["loss"], 6),
         "perplexity": round(result["perplexity"], 4),
         "held_out_tokens": result["tokens"],
         "held_out_bytes": result["bytes"],
-        "parameters": config.n_params,
+        "parameters": model.config.n_params,
         "training_tokens": facts["tokens"],
-        "tokens_per_parameter": round(facts["tokens"] / config.n_params, 4),
+        "tokens_per_parameter": round(facts["tokens"] / model.config.n_params, 4),
     }
     echo(
         f"held-out text: {metrics['bits_per_byte']:.4f} bits per byte, loss {metrics['loss']:.4f}, "
@@ -63,26 +63,25 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
         echo(f"warning: {warning}")
 
     samples = []
-    network = accelerator.unwrap_model(model)
     for i, prompt in enumerate(params.prompts or opening_words(held_out, tokenizer, params.n_samples)):
-        text = "".join(
-            generate(
-                network,
-                tokenizer,
-                prompt,
-                max_tokens=params.sample_tokens,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                seed=project.params.seed + i,
-            )
+        pieces = generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=params.sample_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=project.params.seed + i,
         )
+        with accelerator.autocast():
+            text = "".join(pieces)
         samples.append((prompt, text))
         echo(f"\n» {prompt}{text}")
 
     write_json(project.reports / "metrics.json", metrics)
     write_text(project.reports / "samples.md", samples_markdown(samples))
-    write_report(project, metrics, trained, warnings, samples, network, facts)
+    write_report(project, metrics, trained, warnings, samples, model, facts)
     echo(f"\nreport: {project.reports / 'report.html'}")
     return metrics
 

@@ -17,7 +17,8 @@ from core import fused
 from core.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from core.model_config import ModelConfig
 
-MEASURED_CHUNK = 512  # tokens
+MEASURED_CHUNK = 128
+"""Tokens whose logits exist at once where nothing is learnt: few enough that memory for them is not mapped anew."""
 # Keys and values of the tokens so far, per layer: what a new token attends to. Each [B, H, T, D].
 Cache = list[tuple[Tensor, Tensor]]
 
