@@ -207,17 +207,19 @@ def _at_once(shape: torch.Size) -> int:
     return max(1, min(AT_ONCE, VALUES_AT_ONCE // shape.numel()))
 
 
-def muon(build: Build, lr: float, momentum: float, weight_decay: float, adamw_lr: float = 1.0) -> Muon:
+def muon(build: Build, matrix_lr: float, adamw_lr: float, momentum: float) -> Muon:
     """Muon for the matrices of the network's layers, AdamW for embeddings, head, norms and biases.
 
-    lr: of the matrices, whose updates have the norm sqrt(max(1, rows / columns)) before it. adamw_lr: of the rest, in
-    build.lr.
+    matrix_lr: of the matrices, whose updates have the norm sqrt(max(1, rows / columns)) before it; adamw_lr: of the
+    rest; both in build.lr. A step takes build.lr * build.weight_decay of a matrix away, as AdamW's does (so Liu et al.
+    2025, Moonlight, arXiv 2502.16982), and nothing of the rest.
     """
     hidden, rest = hidden_matrices(build.network)
     groups: list[dict[str, Any]] = [
         {"params": rest, "lr": build.lr * adamw_lr, "betas": build.betas},
-        {"params": hidden, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "muon": True},
+        {"params": hidden, "lr": build.lr * matrix_lr, "weight_decay": build.weight_decay / matrix_lr},
     ]
+    groups[1] |= {"momentum": momentum, "muon": True}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(build.plan["dtype"], torch.float32)
     if build.simulated and dtype == torch.float16:
         dtype = torch.bfloat16

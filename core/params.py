@@ -236,10 +236,11 @@ class TrainParams(Section):
     micro_batch: Size | Literal["auto"] = "auto"
     """Sequences per forward pass and process. It changes speed and memory, never the batch."""
     lr: Rate = "auto"
-    """AdamW's peak learning rate. auto: by a law of the run's FLOPs (core/laws.py). The strategy muon has its own
-    for the matrices that it steps."""
-    weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.1
-    """For matrices; norms and biases have none."""
+    """Peak learning rate, of which optimizers take multiples: AdamW 1, muon 4.5 for hidden matrices and 2 for the rest.
+    auto: by a law of the run's FLOPs (core/laws.py)."""
+    weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.01
+    """Share of a matrix that is taken away per step, in units of lr. Norms and biases have none, nor has with muon what
+    is no hidden matrix. 0.1 costs short runs more than it gives (docs/lab-log.md)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     grad_clip: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 1.0

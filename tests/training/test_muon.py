@@ -180,7 +180,7 @@ def build_of(dtype: str, simulated: bool = False) -> Build:
 )
 def test_it_works_in_the_plans_precision_and_ends_near_fp32(dtype: str, room: torch.dtype) -> None:
     builds = [build_of("fp32"), build_of(dtype)]
-    optimizers = [muon(build, lr=0.03, momentum=0.95, weight_decay=0.0) for build in builds]
+    optimizers = [muon(build, matrix_lr=10.0, adamw_lr=1.0, momentum=0.95) for build in builds]
     assert optimizers[1]._room["x"].dtype == room
     generator = torch.Generator().manual_seed(3)
     for p, q in zip(*(build.network.parameters() for build in builds), strict=True):
@@ -192,6 +192,15 @@ def test_it_works_in_the_plans_precision_and_ends_near_fp32(dtype: str, room: to
         one.step()
     for p, q in zip(*(build.network.parameters() for build in builds), strict=True):
         assert (p - q).abs().max() < 0.03 * 0.1
+
+
+def test_rates_and_decay_are_those_of_params_times_a_constant() -> None:
+    build = build_of("fp32")
+    build.weight_decay = 0.1
+    rest, hidden = muon(build, matrix_lr=5.0, adamw_lr=2.0, momentum=0.95).param_groups
+    assert rest["lr"] == 2.0 * build.lr and rest["weight_decay"] == 0.0
+    assert hidden["lr"] == 5.0 * build.lr
+    assert hidden["lr"] * hidden["weight_decay"] == pytest.approx(build.lr * 0.1)
 
 
 def test_the_memory_of_a_step_does_not_depend_on_the_depth() -> None:
