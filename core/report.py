@@ -76,9 +76,7 @@ def parameter_table(network: Any) -> list[dict[str, Any]]:
 def pictures(train: dict[str, list[float]], val: dict[str, list[float]]) -> dict[str, str]:
     """Inline SVG: loss over tokens, and the learning rate."""
     import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     style: Any = {
         "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -89,8 +87,9 @@ def pictures(train: dict[str, list[float]], val: dict[str, list[float]]) -> dict
         "axes.grid": True,
         "grid.alpha": 0.3,
     }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(8, 3.6))
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8, 3.6))
+        axes = figure.subplots()
         millions = [t / 1e6 for t in train["tokens"]]
         axes.plot(millions, train["loss"], color="#7aa6c2", linewidth=1.2, label="training")
         axes.plot(
@@ -104,7 +103,8 @@ def pictures(train: dict[str, list[float]], val: dict[str, list[float]]) -> dict
         axes.set(xlabel="million tokens", ylabel="loss [nats per token]")
         axes.legend(frameon=False)
         loss = _svg(figure)
-        figure, axes = plt.subplots(figsize=(8, 1.8))
+        figure = Figure(figsize=(8, 1.8))
+        axes = figure.subplots()
         axes.plot(millions, train["lr"], color="#4b7f52")
         axes.set(xlabel="million tokens", ylabel="learning rate")
         axes.set_ylim(bottom=0)
@@ -113,10 +113,7 @@ def pictures(train: dict[str, list[float]], val: dict[str, list[float]]) -> dict
 
 
 def _svg(figure: Any) -> str:
-    from matplotlib import pyplot as plt
-
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]  # without the XML prologue, which has no place inside HTML
