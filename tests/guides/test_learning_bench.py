@@ -56,14 +56,17 @@ def number(cell: str) -> float:
 
 def test_every_training_on_shakespeare_has_its_updates_and_tokens(tables: Tables) -> None:
     rows = table(tables, "tiny Shakespeare")
-    short = {f"Tightfit, {n} updates of {learning.SHORT_BATCH} sequences": n for n in (1, 2)}
-    expected = {"Tightfit, 20 updates": 20} | short
+    short = {
+        f"Tightfit, {n} updates of {rival.batch} sequences": (n, rival.batch)
+        for n, rival in zip((1, 2), learning.RIVALS, strict=True)
+    }
+    expected = {"Tightfit, 20 updates": 20} | {label: n for label, (n, _) in short.items()}
     expected["Tightfit, gpt2"] = 20
     if PEERS:
         expected = {rival.label: 20 for rival in learning.RIVALS} | expected
     assert {row["training"]: number(row["updates"]) for row in rows} == expected
     for row in rows:
-        batch = learning.SHORT_BATCH if row["training"] in short else learning.BATCH
+        _, batch = short.get(row["training"], (0, learning.BATCH))
         assert number(row["tokens"]) == number(row["updates"]) * batch * 64
         assert 0 < number(row["loss [nats per character]"]) < 7
         assert min(number(row["training [s]"]), number(row["CPU-seconds"])) > 0
@@ -114,7 +117,7 @@ def trained(loss: float, **changed: Any) -> learning.Trained:
 
 
 def test_ratios_are_of_the_seeds_that_reached() -> None:
-    rival = learning.Rival("nanoGPT", 1e-3, 1.88, 200)
+    rival = learning.Rival("nanoGPT", 1e-3, 1.88, updates=200, batch=12)
     theirs = [trained(1.9, seconds=6.0, cpu=6.0, tokens=500), trained(1.9), trained(1.7, seconds=8.0)]
     rows = list(learning.compared(rival, theirs, "Tightfit", [trained(1.89), trained(1.95), trained(1.7)]))[
         4:
