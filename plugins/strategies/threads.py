@@ -1,7 +1,7 @@
 """How long a CPU thread spins at the end of a parallel loop before it sleeps.
 
 OpenMP's default spins for so long that training on all cores slows down severely as soon as any other program
-wants one of them; a short spin costs nothing that can be measured on an idle machine (docs/measurements/threads.md).
+wants one of them; a short spin costs an idle machine a few percent (docs/measurements/threads.md).
 Threads are not bound to cores: a bound one waits for its core while another is free.
 """
 
