@@ -116,7 +116,7 @@ class Trained:
     inner: int
     """Parameters outside embeddings of tokens and positions, and the head."""
     lr: float
-    """The highest; Tightfit's for what Muon does not step."""
+    """The highest; Tightfit's is train.lr, of which its optimizers take multiples."""
 
 
 # ---- nanoGPT
@@ -334,7 +334,7 @@ class Tightfit:
         names, recipe = [strategy["name"] for strategy in plan["strategies"]], plan["recipe"]
         return (
             f"- Tightfit: strategies {', '.join(names)}; {recipe['dtype']}, {recipe['batch_tokens']:,} tokens per "
-            "update; lr is that of what Muon does not step"
+            "update; lr is train.lr, of which the optimizers take multiples"
         )
 
 
