@@ -60,7 +60,7 @@ def assert_same(deep: Tape, whole: Tape) -> None:
                 ours, theirs = (tape.play(micro_batch, accumulates, settings) for tape in (deep, whole))
                 assert ours.peak_reserved == theirs.peak_reserved
                 assert ours.peak_allocated == theirs.peak_allocated
-    # An update of two kinds, of hidden matrices (they decay) and of the rest, grows by two rates; a mean stands for them.
+    # An update of two kinds, hidden matrices (which decay) and the rest, grows by two rates; a mean stands for them.
     assert deep.seconds(4, 8, 1e13, 1e11) == pytest.approx(whole.seconds(4, 8, 1e13, 1e11), rel=1e-2)
 
 
