@@ -217,9 +217,14 @@ def muon(build: Build, matrix_lr: float, adamw_lr: float, momentum: float) -> Mu
     hidden, rest = hidden_matrices(build.network)
     groups: list[dict[str, Any]] = [
         {"params": rest, "lr": build.lr * adamw_lr, "betas": build.betas},
-        {"params": hidden, "lr": build.lr * matrix_lr, "weight_decay": build.weight_decay / matrix_lr},
+        {
+            "params": hidden,
+            "lr": build.lr * matrix_lr,
+            "weight_decay": build.weight_decay / matrix_lr,
+            "momentum": momentum,
+            "muon": True,
+        },
     ]
-    groups[1] |= {"momentum": momentum, "muon": True}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(build.plan["dtype"], torch.float32)
     if build.simulated and dtype == torch.float16:
         dtype = torch.bfloat16
