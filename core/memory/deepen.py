@@ -14,7 +14,7 @@ from core.memory.tape import Segment, Tape
 SHALLOW = 6  # two at the start, two in the middle that are compared, two at the end
 
 
-def deepen(tape: Tape, owner: dict[int, int], n_layer: int, n_params: int) -> Tape | None:
+def deepen(tape: Tape, owner: dict[int, int | None], n_layer: int, n_params: int) -> Tape | None:
     """The tape of `n_layer` layers from one of SHALLOW; None where the layers in the middle differ.
 
     owner: the layer of each allocation that outlives the build, such as a weight, or moment. n_params: of the deep
@@ -26,7 +26,7 @@ def deepen(tape: Tape, owner: dict[int, int], n_layer: int, n_params: int) -> Ta
 class Deepening:
     """tape → made, allocation by allocation."""
 
-    def __init__(self, tape: Tape, owner: dict[int, int], n_layer: int) -> None:
+    def __init__(self, tape: Tape, owner: dict[int, int | None], n_layer: int) -> None:
         self.tape, self.owner, self.n_layer = tape, owner, n_layer
         self.made = Tape()
         self.stretches = [
@@ -80,13 +80,13 @@ class Deepening:
             layers = range(self.n_layer)
             for layer in layers if stretches[0][0].layer == 0 else reversed(layers):
                 self._layer(*by_layer[self._template(layer)], layer)
-        # The update's traffic follows the parameters; its products, if it has any, are of the layers' own.
-        grown, deeper = n_params / self.tape.n_params, self.n_layer / SHALLOW
+        deeper = self.n_layer / SHALLOW
         update = self.made.start("update").operation
-        ops = self.made.roofline
-        ops[update:] = [
-            (flops * deeper, each, once * (deeper if flops else grown)) for flops, each, once in ops[update:]
-        ]
+        for i, op in enumerate(self.made.roofline[update:], update):
+            grown = 1 + op.layers * (deeper - 1)
+            self.made.roofline[i] = op._replace(
+                flops_once=op.flops_once * grown, bytes_once=op.bytes_once * grown
+            )
         self.made.n_params = n_params
         return self.made
 

@@ -37,7 +37,7 @@ def simulate(plan: Plan, params: Params, *, micro_batch: int | None = None, fake
 
 def run_step(
     plan: Plan, params: Params, *, micro_batch: int | None = None, fake: bool = True
-) -> tuple[Tape, dict[int, int]]:
+) -> tuple[Tape, dict[int, int | None]]:
     """Run the build, two micro-batches and an optimizer step of `plan`; return the tape, and the layer of each weight.
 
     Everything is the trainer's: the strategies' hooks, accelerate, and `optimizer_step`. Device cpu stands for the
@@ -74,7 +74,8 @@ def run_step(
         make_state(build)
         trace.relabel(iter(optimizer_tensors(build)), "optimizer")
         trace.tape.n_params = sum(p.numel() for p in build.network.parameters())
-        owner = owners(build, trace)
+        for tensor, layer in owned(build):
+            trace.note(tensor, layer)
         narrate(build, trace)
         gc.collect()  # what is freed from here on, and when, is the step's doing
         trace.tape.settle()
@@ -87,7 +88,7 @@ def run_step(
         optimizer_step(build, hook, window, params.train.grad_clip)
         trace.tape.begin("end")
         trace.phase = "weights"
-    return trace.tape, owner
+    return trace.tape, trace.owner
 
 
 def make_state(build: Any) -> None:
@@ -113,22 +114,18 @@ def optimizer_tensors(build: Any) -> list[Any]:
     return [t for values in held for t in values.values() if torch.is_tensor(t)]
 
 
-def owners(build: Any, trace: Any) -> dict[int, int]:
-    """Allocation → layer, for weights and the optimizer's state."""
-    owner: dict[int, int] = {}
-
-    def note(tensor: Any, layer: int) -> None:
-        allocation = trace.alive.get(tensor.untyped_storage()._cdata)
-        if allocation is not None:
-            owner[allocation] = layer
-
-    for i, layer in enumerate(build.network.layers):
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            note(tensor, i)
-            for value in build.optimizer.state.get(tensor, {}).values():
-                if hasattr(value, "untyped_storage"):
-                    note(value, i)
-    return owner
+def owned(build: Any) -> Iterator[tuple[Any, int | None]]:
+    """Parameters, buffers, gradients and the optimizer's state, each with its layer, or None."""
+    layer_of = {
+        tensor: i
+        for i, layer in enumerate(build.network.layers)
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    for tensor in (*build.network.parameters(), *build.network.buffers()):
+        state = build.optimizer.state.get(tensor, {}).values()
+        for value in (tensor, tensor.grad, *state):
+            if hasattr(value, "untyped_storage"):
+                yield value, layer_of.get(tensor)
 
 
 def narrate(build: Any, trace: Any) -> None:
@@ -145,6 +142,8 @@ def narrate(build: Any, trace: Any) -> None:
         if micro_batch > 1:
             gradients = (p.grad for p in build.model.parameters() if p.grad is not None)
             trace.relabel(gradients, "gradients")
+            for tensor, layer in owned(build):
+                trace.note(tensor, layer)
         tape.begin(f"forward {micro_batch}")
         begun = len(tape.kind)
         return accumulate(*models)

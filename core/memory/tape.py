@@ -28,6 +28,17 @@ class Segment(NamedTuple):
     """and in `Tape.roofline`."""
 
 
+class Operation(NamedTuple):
+    """Arithmetic and memory traffic of an operation, of each sequence and whatever the micro-batch."""
+
+    flops: float
+    bytes: float
+    flops_once: float
+    bytes_once: float
+    layers: float = 0.0
+    """Of an operation of the update: the share that is done for the layers' own parameters."""
+
+
 @dataclass
 class Tape:
     """A stream of allocations: the build, two micro-batches, and the optimizer's update.
@@ -42,8 +53,7 @@ class Tape:
     op: list[str] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    roofline: list[tuple[float, float, float]] = field(default_factory=list)
-    """Per operation: FLOPs per sequence, bytes moved per sequence, and bytes moved whatever the micro-batch."""
+    roofline: list[Operation] = field(default_factory=list)
     n_params: int = 0
 
     def allocate(self, constant: int, per_sequence: float, kind: int, op: str) -> int:
@@ -136,7 +146,7 @@ class Tape:
     def flops(self, micro_batch: int, accumulation_steps: int) -> float:
         """Arithmetic of an optimizer step, what is computed twice counted twice [FLOP]."""
         second, update = self.start("forward 2").operation, self.start("update").operation
-        return sum(op[0] for op in self.roofline[second:update]) * micro_batch * accumulation_steps
+        return sum(op.flops for op in self.roofline[second:update]) * micro_batch * accumulation_steps
 
     def seconds(
         self, micro_batch: int, accumulation_steps: float, flops_per_second: float, bytes_per_second: float
@@ -146,8 +156,8 @@ class Tape:
         The roofline model: an operation takes its arithmetic at the peak rate or its memory traffic at full bandwidth,
         whichever is longer (Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785).
         """
-        ops = np.array(self.roofline).reshape(-1, 3)
-        flops, moved = ops[:, 0] * micro_batch, ops[:, 1] * micro_batch + ops[:, 2]
+        ops = np.array(self.roofline).reshape(-1, len(Operation._fields))
+        flops, moved = (ops[:, :2] * micro_batch + ops[:, 2:4]).T
         time = np.maximum(flops / flops_per_second, moved / bytes_per_second)
         second, update = self.start("forward 2").operation, self.start("update").operation
         window = np.maximum(time[second:update], LAUNCH_SECONDS)  # an update is one kernel for many tensors

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from core.memory.allocator import KINDS
-from core.memory.tape import Tape
+from core.memory.tape import Operation, Tape
 
 CODE = {name: i for i, name in enumerate(KINDS)}
 VIEWS = {
@@ -50,6 +50,9 @@ class Trace(TorchDispatchMode):
         self.chunked_head = False
         self.phase = "weights"  # then optimizer, forward (and backward), update
         self.alive: dict[int, int] = {}  # storage → allocation
+        # Allocation → layer, or None for none, of parameters, gradients and the optimizer's state.
+        self.owner: dict[int, int | None] = {}
+        self._share = 0.0
         self._watched: dict[int, weakref.ref] = {}
         self._workspaces: set[bool] = set()
 
@@ -59,6 +62,12 @@ class Trace(TorchDispatchMode):
             allocation = self.alive.get(tensor.untyped_storage()._cdata)
             if allocation is not None:
                 self.tape.kind[allocation] = CODE[kind]
+
+    def note(self, tensor: Any, layer: int | None) -> None:
+        """Say which layer this tensor belongs to."""
+        allocation = self.alive.get(tensor.untyped_storage()._cdata)
+        if allocation is not None:
+            self.owner[allocation] = layer
 
     def keep_activations(self, since: int) -> None:
         """What was made from allocation `since` on and is alive now is kept for backward, unless it is logits."""
@@ -135,22 +144,45 @@ class Trace(TorchDispatchMode):
         # A loop over chunks of tokens goes round more often with more sequences, at constant sizes.
         in_chunks = self.chunked_head and self.tape.segments[-1].part.startswith("head")
         once = each = 0
-        for nbytes in _bytes_of((args, result)):
+        for nbytes in map(_nbytes, _tensors((args, result))):
             if n and (in_chunks or nbytes % n == 0):
                 each += nbytes
             else:
                 once += nbytes
-        self.tape.roofline.append((flops / n, each / n, once) if n else (0.0, 0.0, once))
+        if n:
+            operation = Operation(flops / n, each / n, 0.0, once)
+        else:
+            operation = Operation(0.0, 0.0, flops, once, self._of_layers(args))
+        self.tape.roofline.append(operation)
+
+    def _of_layers(self, args: Any) -> float:
+        """The share of an operation that is for parameters of layers.
+
+        One that holds no parameter, gradient or state works on what the operation before it has left.
+        """
+        inside = outside = 0
+        for tensor in _tensors(args):
+            allocation = self.alive.get(tensor.untyped_storage()._cdata)
+            if allocation in self.owner and tensor.dim():  # a count of steps is neither here nor there
+                if self.owner[allocation] is None:
+                    outside += _nbytes(tensor)
+                else:
+                    inside += _nbytes(tensor)
+        if inside or outside:
+            self._share = inside / (inside + outside)
+        return self._share
 
 
-def _bytes_of(values: Any) -> list[int]:
-    found = []
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(value.numel() * value.element_size())
+            yield value
         elif isinstance(value, (tuple, list)):
-            found += _bytes_of(value)
-    return found
+            yield from _tensors(value)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def attention_flops(name: str, args: Any) -> float:
