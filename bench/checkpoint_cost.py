@@ -108,7 +108,7 @@ def table_of_steps(times: int) -> None:
     plan = resolve(params, read_facts(), Registry.load(project))
     hook = runtime(plan).hook
     build = core.trainer.build_training(
-        plan, hook, core.trainer.make_accelerator(plan, hook), plan.model, params, lambda line: None
+        plan, hook, core.trainer.make_accelerator(plan), plan.model, params, lambda line: None
     )
     build.model.train()
     tokens = torch.randint(0, plan.model.vocab_size, (plan.sequences, plan.model.block_size + 1))

@@ -63,7 +63,7 @@ class Training:
         from core.trainer import build_training, make_accelerator, optimizer_step
 
         self.hook, self.step_function = runtime(self.plan).hook, optimizer_step
-        accelerator, said = make_accelerator(self.plan, self.hook), list[str]()
+        accelerator, said = make_accelerator(self.plan), list[str]()
         start = time.perf_counter()
         self.build = build_training(
             self.plan, self.hook, accelerator, self.plan.model, self.params, said.append

@@ -219,7 +219,7 @@ def allocator_peak(configuration: Configuration, registry: Registry, accumulates
         fresh_accelerate(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof,
     ):
-        accelerator = make_accelerator(plan, hook)
+        accelerator = make_accelerator(plan)
         build = build_training(plan, hook, accelerator, plan.model, params, lambda line: None)
         build.model.train()
         for _ in range(2):

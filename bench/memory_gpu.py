@@ -94,7 +94,7 @@ def train(plan: Any, params: Any, micro_batch: int) -> tuple[int, int]:
     plan.set("gradient_accumulation_steps", 2, reason="", by="bench")
     hook, T = runtime(plan).hook, plan.model.block_size
     with fresh_accelerate():
-        build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, params, print)
+        build = build_training(plan, hook, make_accelerator(plan), plan.model, params, print)
         build.model.train()
         for _ in range(STEPS):
             tokens = torch.randint(0, plan.model.vocab_size, (2 * micro_batch, T + 1))

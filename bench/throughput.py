@@ -274,7 +274,7 @@ def train_tightfit(peer: Peer, setting: Setting) -> tuple[list[float], dict[str,
     from core.trainer import build_training, make_accelerator, optimizer_step, set_lr
 
     hook, said = runtime(plan).hook, list[str]()
-    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, params, said.append)
+    build = build_training(plan, hook, make_accelerator(plan), plan.model, params, said.append)
     build.model.train()
     corpus = torch.randint(setting.n_vocab, (TOKENS,))
 

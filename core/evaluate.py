@@ -10,7 +10,6 @@ import numpy as np
 
 from core.files import read_json, write_json, write_text
 from core.measure import measure
-from core.plan import runtime
 from core.project import Project
 from core.tokenizer import Tokenizer
 from core.tokens import TokenShards
@@ -39,7 +38,7 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     tokenizer = Tokenizer.load(project.final_model / "tokenizer")
 
     alone = replace(plan, num_processes=1)  # one process measures; the plan may train with several
-    accelerator = make_accelerator(alone, runtime(plan).hook)
+    accelerator = make_accelerator(alone)
     model.to(accelerator.device)
     bytes_of = tokenizer.token_bytes()
     with accelerator.autocast():

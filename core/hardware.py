@@ -19,10 +19,13 @@ OPTIONAL_MODULES = ("triton", "bitsandbytes", "c++")
 
 # fp32-accumulating tensor FLOP per clock and SM, by compute capability. GeForce cards run it at half the rate of
 # professional ones with the same chip. The products with SM count and boost clock reproduce the whitepapers' 71
-# TFLOP/s (RTX 3090), 165 (RTX 4090), 53.8 (RTX 2080 Ti), 125 (A10), 312 (A100), 989 (H100) and 65 (T4).
-TENSOR_FLOPS_PER_CLOCK = {(7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (8, 7): 1024, (8, 9): 1024, (9, 0): 4096}
+# TFLOP/s (RTX 3090), 165 (RTX 4090), 53.8 (RTX 2080 Ti), 125 (A10, V100), 312 (A100), 989 (H100) and 65 (T4).
+TENSOR_FLOPS_PER_CLOCK = {
+    **{(7, 0): 1024, (7, 5): 1024},
+    **{(8, 0): 2048, (8, 6): 1024, (8, 7): 1024, (8, 9): 1024, (9, 0): 4096},
+}
 GEFORCE_HALF = {(7, 5), (8, 6), (8, 9)}
-CUDA_CORES_PER_SM = {(7, 5): 64, (8, 0): 64}  # 128 from 8.6 on
+CUDA_CORES_PER_SM = {(7, 0): 64, (7, 5): 64, (8, 0): 64}  # 128 from 8.6 on
 
 
 def read_facts(environ: dict[str, str] | None = None) -> Facts:
@@ -33,7 +36,7 @@ def read_facts(environ: dict[str, str] | None = None) -> Facts:
         gpus=_visible(_nvml_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
         torch_version=_version("torch"),
         torch_cuda=torch_cuda_build(),
-        cores=_cores(),
+        cores=usable_cores(),
         ram_bytes=_ram_bytes(),
         cpu_bf16=_cpu_multiplies_bf16(),
         modules=frozenset(m for m in OPTIONAL_MODULES if _installed(m, environ)),
@@ -126,7 +129,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores this process may use: a container's share, not the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -181,6 +184,14 @@ def choose_profile(profiles: dict[str, HardwareProfile], facts: Facts) -> tuple[
     return derive_profile(gpu), f"no profile matches {gpu.name}: derived from its properties"
 
 
+def best_precision(name: str, capability: tuple[int, int]) -> str:
+    """What a card trains in best: "bf16", "fp16" or "fp32"."""
+    if capability >= (8, 0):
+        return "bf16"
+    # GTX 16xx has no tensor cores, and fp16 overflows on it (pytorch#58123).
+    return "fp16" if capability in TENSOR_FLOPS_PER_CLOCK and "GTX" not in name else "fp32"
+
+
 def derive_profile(gpu: Gpu) -> HardwareProfile:
     """A profile for an unknown card, from SM count, clocks, memory bus and compute capability.
 
@@ -191,20 +202,21 @@ def derive_profile(gpu: Gpu) -> HardwareProfile:
     per_clock = TENSOR_FLOPS_PER_CLOCK.get(capability, 1024 if capability >= (8, 0) else 0)
     if "GeForce" in gpu.name and (capability in GEFORCE_HALF or capability >= (10, 0)):
         per_clock //= 2
-    if capability == (7, 5) and "GTX" in gpu.name:
-        per_clock = 0  # GTX 16xx has no tensor cores
+    precision = best_precision(gpu.name, capability)
+    if precision == "fp32":
+        per_clock = 0
     clock = gpu.clock_mhz * 1e6
     half = gpu.sm_count * per_clock * clock / 1e12
     fp32 = gpu.sm_count * CUDA_CORES_PER_SM.get(capability, 128) * 2 * clock / 1e12
     rates = {"fp32": fp32, "fp16": half, "bf16": half if capability >= (8, 0) else 0.0}
-    precision = "bf16" if capability >= (8, 0) else "fp16" if half else ""
+    strategies = ("muon", "accumulation", "allocator", "loader", "cleanup")
     return HardwareProfile(
         name="derived",
         vram_gib=round(gpu.vram_bytes / GIB, 2),
         compute_capability=capability,
         bandwidth_gbs=round(2 * gpu.memory_clock_mhz * 1e6 * gpu.memory_bus_bits / 8 / 1e9, 1),
         tflops={dtype: round(rate, 1) for dtype, rate in rates.items() if rate},
-        strategies=(*([precision] if precision else []), "accumulation", "allocator", "loader", "cleanup"),
+        strategies=strategies if precision == "fp32" else (precision, *strategies),
         source=f"derived from {gpu.name}: {gpu.sm_count} SMs at {gpu.clock_mhz} MHz",
     )
 

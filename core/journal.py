@@ -175,7 +175,7 @@ class Journal:
         return record
 
     def evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """The record of an evaluation. Raises UserError where the model predicts no numbers any more."""
+        """The record of an evaluation. Raises Unsound where the model predicts no numbers any more."""
         if not math.isfinite(measured["loss"]):
             raise Unsound(
                 f"the held-out loss is {measured['loss']} at step {step}: the weights have grown out of bounds. Set a "

@@ -15,7 +15,7 @@ from typing import Any
 from core.errors import Stopped, TightfitError, UserError
 from core.faults import point
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
-from core.hardware import read_facts
+from core.hardware import read_facts, usable_cores
 from core.hookspecs import Plan
 from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
@@ -116,7 +116,7 @@ def launch_processes(project: Project, plan: Plan, fresh: bool) -> None:
     else:  # the plan decides precision and compilation
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", n, "--num_machines", "1"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    threads = max(1, (os.cpu_count() or 1) // plan.num_processes)
+    threads = max(1, usable_cores() // plan.num_processes)
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "error"
         environ = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: str(told)}

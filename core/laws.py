@@ -61,7 +61,7 @@ def settled(params: Params) -> Params:
         flops = FLOPS_PER_SECOND * 60 * (train.max_minutes or 0.0)
     batch = given or whole * 2 ** max(0, math.floor(math.log2(batch_tokens(flops) / whole)))
     lr = min(LARGEST_LR, float(f"{peak_lr(flops):.2g}"))
-    steps = train.max_steps or (train.max_tokens or math.inf) / batch
+    steps = train.max_steps or flops / per_token / batch
     warmup = math.ceil(min(LONGEST_WARMUP, WARMUP * steps))
     law = f"for {flops:.2g} FLOPs outside embedding and head (arXiv 2401.02954)"
     found = {

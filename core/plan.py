@@ -65,7 +65,9 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
             )
     if profile is None or model is None:  # nothing else can be looked at
         raise problems.joined()
-    budget, why_budget = memory_budget(profile, facts, params.hardware.memory_gib)
+    budget, why_budget = memory_budget(
+        profile, facts, params.hardware.memory_gib, params.hardware.num_processes
+    )
 
     def draft(rungs: Sequence[Strategy] = ()) -> Plan:
         plan = Plan(
@@ -79,7 +81,10 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
             micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
         )
         _choose_strategies(plan, params.hardware, facts, registry, rungs)
-        _decide_values(plan, params, facts)
+        waiting = [
+            registry.strategies[name] for name in plan.options if name not in {s.name for s in plan.active}
+        ]
+        _decide_values(plan, params, facts, waiting)
         return plan
 
     plan = None
@@ -193,6 +198,8 @@ def _choose_strategies(
             )
     for strategy in chosen:
         plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
+    for strategy in _rungs_with_options(profile, hardware, chosen, registry):
+        plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
     problems += _unused_options(hardware, plan, chosen, registry)
     problems += _clashes(chosen)
     plan.active = _in_order(chosen, problems)
@@ -228,6 +235,15 @@ def _options(
     return merged
 
 
+def _rungs_with_options(
+    profile: HardwareProfile, hardware: HardwareParams, chosen: list[Strategy], registry: Registry
+) -> list[Strategy]:
+    """Rungs of the memory ladder that are off, and that somebody set options for."""
+    named = dict.fromkeys((*hardware.options, *profile.options))
+    found = [registry.strategies[name] for name in named if name in registry.strategies]
+    return [s for s in found if s.rung and s not in chosen]
+
+
 def _gave_way(chosen: list[Strategy], own: set[str], hardware: HardwareParams) -> dict[str, str]:
     """Which of the chosen strategies give their slot to another, and why.
 
@@ -254,8 +270,11 @@ def _unused_options(
     for name in hardware.options:
         if name not in registry.strategies:
             problems.append(registry.unknown_strategy(name, "hardware.options"))
-        elif registry.strategies[name].rung:
-            pass  # the memory ladder may yet switch it on
+        elif registry.strategies[name].rung:  # the memory ladder may yet switch it on
+            if name in hardware.strategies.remove:
+                problems.append(
+                    f"hardware.options.{name}: hardware.strategies.remove switches {name} off; drop one"
+                )
         elif name not in active and name not in plan.skipped:
             problems.append(
                 f"hardware.options.{name}: {name} is not on; add it (hardware.strategies.add: [{name}])"
@@ -372,8 +391,11 @@ def accelerator_kwargs(plan: Plan) -> dict[str, Any]:
     return merged
 
 
-def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
-    """Core's own values first, then the strategies' changes, environment and checks."""
+def _decide_values(plan: Plan, params: Params, facts: Facts, waiting: list[Strategy]) -> None:
+    """Core's own values first, then the strategies' changes, environment and checks.
+
+    waiting: rungs that are off and have options, which are checked too: they might go wrong in the middle of a run.
+    """
     core = "core"
     plan.set("dtype", "fp32", reason="no precision strategy is on", by=core)
     plan.set("batch_tokens", params.train.batch_tokens, reason=params.train.reason("batch_tokens"), by=core)
@@ -396,6 +418,7 @@ def _decide_values(plan: Plan, params: Params, facts: Facts) -> None:
         for variable, (value, reason) in variables.items():
             _set_env(plan, facts, variable, value, reason, by=strategy.name)
     problems += [p for _, found in answers(plan, "check_plan", plan=plan, facts=facts) for p in found]
+    problems += [p for s in waiting for p in call(s, "check_plan", plan=plan, facts=facts) or ()]
     keep, workers = plan.values["persistent_workers"], plan.values["num_workers"]
     if keep.value and not workers.value:
         problems.append(

@@ -379,7 +379,7 @@ def _build(project: Project, plan: Plan, echo: Callable[[str], None]) -> Build:
     from core.trainer import build_training, make_accelerator
 
     hook = runtime(plan).hook
-    accelerator = make_accelerator(plan, hook)
+    accelerator = make_accelerator(plan)
     build = build_training(
         plan, hook, accelerator, plan.model, project.params, lambda line: echo(f"     {line}")
     )
@@ -416,7 +416,7 @@ def _run_steps(project: Project, build: Build, losses: list[float]) -> None:
 
 
 def _judge(losses: list[float], owners: list[str]) -> list[str]:
-    from core.trainer import check_loss
+    from core.trainer import check_first_loss
 
     who = ", ".join(owners)
     for i, loss in enumerate(losses):
@@ -428,7 +428,7 @@ def _judge(losses: list[float], owners: list[str]) -> list[str]:
             "does the optimizer hold the network's own parameters, at build.lr?"
         ]
     try:
-        check_loss(losses[0], 1, Params.model_validate(TINY).tokenizer.n_vocab)
+        check_first_loss(losses[0], Params.model_validate(TINY).tokenizer.n_vocab)
     except UserError as error:
         return [f"{who}: {error}"]
     return []

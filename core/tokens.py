@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from core import faults
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json
+from core.hardware import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +185,7 @@ def _encode(
             np.concatenate(parts), len(batch), sum(len(t.encode("utf-8", "surrogatepass")) for t in batch)
         )
 
-    threads = threads or min(os.cpu_count() or 1, 8)
+    threads = threads or min(usable_cores(), 8)
     waiting: deque[tuple[Future[_Batch], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(texts):

@@ -32,7 +32,7 @@ def hardware_profiles():
         match=r"{match}",  # regular expression on the name that nvidia-smi prints
         vram_gib=8,
         compute_capability=(8, 6),  # nvidia-smi --query-gpu=compute_cap --format=csv
-        strategies=("bf16", "accumulation", "allocator", "loader", "cleanup"),
+        strategies=("bf16", "muon", "accumulation", "allocator", "loader", "cleanup"),
     )
 '''
 

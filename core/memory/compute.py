@@ -105,17 +105,15 @@ class Compute:
 
     def amp_dtype(self) -> str:
         """What training computes in: "bf16", "fp16" or "fp32". By real capability, as the shipped profiles choose."""
-        if self.gpu is None:
-            from core.hardware import read_facts
+        from core.hardware import best_precision, read_facts
 
+        if self.gpu is None:
             return "bf16" if read_facts().cpu_bf16 else "fp32"
         import torch
 
-        if torch.cuda.get_device_capability(self.gpu) >= (8, 0):
-            return "bf16"
-        turing = torch.cuda.get_device_capability(self.gpu) >= (7, 0)
-        # GTX 16xx has no tensor cores, and fp16 overflows on it (pytorch#58123).
-        return "fp16" if turing and "GTX" not in torch.cuda.get_device_name(self.gpu) else "fp32"
+        return best_precision(
+            torch.cuda.get_device_name(self.gpu), torch.cuda.get_device_capability(self.gpu)
+        )
 
     def vram_usage_gib(self) -> tuple[float, float]:
         """(used, reserved) by this process [GiB]: its tensors, and with them what torch keeps for the next ones.

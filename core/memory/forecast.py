@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import PluginError, TightfitError, UserError
 from core.files import write_text
-from core.hookspecs import Facts, HardwareProfile, Plan
+from core.hookspecs import GIB, Facts, HardwareProfile, Plan
 from core.memory.allocator import KINDS, MIB, AllocatorSettings, OutOfMemory
 from core.params import Params
 from core.plugins import Registry
@@ -24,7 +24,6 @@ from core.plugins import Registry
 if TYPE_CHECKING:
     from core.memory.tape import Tape
 
-GIB = 1024**3
 MARGIN = 0.03
 """Kept free of the budget: three times the largest error against published figures (python -m bench.memory)."""
 CONTEXT_BYTES = int(0.4 * GIB)
@@ -38,7 +37,17 @@ ROOFLINE_SHARE = (0.4, 0.9)
 CACHE_FORMAT, CACHE_ENTRIES = 1, 2000
 # What a forecast depends on, besides the plugins in use.
 CODE = (
-    *("loss.py", "model.py", "model_config.py", "optim.py", "optim8bit.py", "trainer.py"),
+    *(
+        "fused.py",
+        "loss.py",
+        "model.py",
+        "model_config.py",
+        "muon.py",
+        "numbers.py",
+        "optim.py",
+        "optim8bit.py",
+    ),
+    "trainer.py",
     *(f"memory/{name}.py" for name in ("allocator", "deepen", "forecast", "simulate", "tape", "trace")),
 )
 
@@ -47,14 +56,16 @@ BUDGET_STEP = 1 << 26
 """Budgets are whole multiples of it [bytes]: what a system shows of its memory varies a little from boot to boot."""
 
 
-def memory_budget(profile: HardwareProfile, facts: Facts, asked_gib: float | None) -> tuple[int, str]:
-    """Bytes that a step may use, and why: what is free on the card, or a share of the machine's RAM."""
+def memory_budget(
+    profile: HardwareProfile, facts: Facts, asked_gib: float | None, num_processes: int = 1
+) -> tuple[int, str]:
+    """Bytes that a step may use in each process, and why: what is free on its card, or its share of the RAM."""
     if asked_gib is not None:
         return int(asked_gib * GIB), "hardware.memory_gib"
     if profile.device == "cpu":
-        return _whole_steps(
-            facts.ram_bytes * CPU_SHARE
-        ), f"{CPU_SHARE:.0%} of {facts.ram_bytes / GIB:.1f} GiB RAM"
+        why = f"{CPU_SHARE:.0%} of {facts.ram_bytes / GIB:.1f} GiB RAM"
+        why += f", shared by {num_processes} processes" if num_processes > 1 else ""
+        return _whole_steps(facts.ram_bytes * CPU_SHARE / num_processes), why
     total = int(profile.vram_gib * GIB)
     if facts.gpu is not None:  # drivers show a few percent less than the nominal size
         total = min(total, facts.gpu.vram_bytes)

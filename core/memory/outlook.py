@@ -118,8 +118,8 @@ def whole_run(plan: Plan, params: Params) -> Run | None:
     if train.max_minutes:
         seconds = train.max_minutes * 60
         return Run((int(rates[0] * seconds), int(rates[1] * seconds)), (seconds, seconds)) if rates else None
-    steps = train.max_steps or max(1, round((train.max_tokens or 0) / train.batch_tokens))
-    tokens = steps * train.batch_tokens
+    assert train.steps is not None
+    tokens = train.steps * train.batch_tokens
     return Run((tokens, tokens), (tokens / rates[1], tokens / rates[0]) if rates else None)
 
 

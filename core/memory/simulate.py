@@ -69,7 +69,7 @@ def run_step(
     on_card = cuda_semantics(cuda, plan.profile.compute_capability)
     with own_garbage(), fresh_accelerate(), movable_modules(fake), fake_mode, on_card, trace:
         trace.tape.begin("build")
-        accelerator = make_accelerator(here, hook, simulated=True)
+        accelerator = make_accelerator(here, simulated=True)
         build = build_training(here, hook, accelerator, config, params, lambda line: None, simulated=True)
         make_state(build)
         trace.relabel(iter(optimizer_tensors(build)), "optimizer")

@@ -207,12 +207,13 @@ def test_threads_stay_as_they_are(card: Card) -> None:
     ("name", "capability", "dtype"),
     [
         ("NVIDIA GeForce RTX 2050", (8, 6), "bf16"),
+        ("Tesla V100-SXM2-16GB", (7, 0), "fp16"),
         ("Tesla T4", (7, 5), "fp16"),
         ("NVIDIA GeForce GTX 1650", (7, 5), "fp32"),
     ],
 )
 def test_amp_dtype_is_the_profiles(card: Card, name: str, capability: tuple[int, int], dtype: str) -> None:
-    card.name, card.capability = name, capability
+    card.name, card.capability, card.arch_list = name, capability, [*card.arch_list, "sm_70"]
     assert Compute().amp_dtype() == dtype
 
 

@@ -18,12 +18,13 @@ from core.errors import PluginError, UserError
 from core.hookspecs import GIB, Facts, HardwareProfile, Plan
 from core.memory import simulate as planner
 from core.memory.allocator import MIB, AllocatorSettings
-from core.memory.forecast import BUDGET_STEP, MARGIN, Forecaster, allocator_settings, memory_budget
+from core.memory.forecast import BUDGET_STEP, CODE, MARGIN, Forecaster, allocator_settings, memory_budget
 from core.memory.tape import KINDS, Tape
 from core.params import Params
 from core.plan import resolve
 from core.plugin_check import machine
 from core.plugins import Registry
+from core.run import NUMERICS
 
 REGISTRY = bundled()
 REPO = Path(core.__file__).parents[1]
@@ -103,6 +104,20 @@ def test_the_smaller_of_card_and_profile() -> None:
 def test_half_of_the_ram() -> None:
     facts = Facts(ram_bytes=12 * GIB)
     assert memory_budget(CPU, facts, None) == (6 * GIB, "50% of 12.0 GiB RAM")
+    assert memory_budget(CPU, facts, None, 3) == (2 * GIB, "50% of 12.0 GiB RAM, shared by 3 processes")
+    assert memory_budget(CARD, machine(CARD), None, 3) == memory_budget(CARD, machine(CARD), None)
+
+
+def test_the_plan_of_several_processes_shares_the_ram() -> None:
+    params = params_of()
+    several = params.model_copy(update={"hardware": params.hardware.model_copy(update={"num_processes": 2})})
+    alone, both = (resolve(p, machine(CPU), REGISTRY).memory_budget for p in (params, several))
+    assert both == pytest.approx(alone / 2, abs=BUDGET_STEP)
+
+
+def test_forecasts_are_of_all_code_that_decides_numbers() -> None:
+    """Which is nearly all that decides memory too; only reading batches and measuring allocates nothing in a step."""
+    assert {*NUMERICS} - {*CODE} == {"batches.py", "measure.py"}
 
 
 @pytest.mark.parametrize("profile", [CARD, CPU], ids=lambda profile: profile.name)

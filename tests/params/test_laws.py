@@ -64,7 +64,7 @@ def test_the_warm_up_is_a_share_of_a_short_run_and_bounded_in_a_long_one() -> No
     assert params(max_steps=1).train.warmup_steps == 1
     assert params(max_tokens=2_000_000, batch_tokens=4096).train.warmup_steps == 25
     assert params(max_steps=100_000).train.warmup_steps == 40
-    assert params(max_minutes=1.0).train.warmup_steps == 40
+    assert params(max_minutes=1.0).train.warmup_steps < params(max_minutes=60.0).train.warmup_steps == 40
     assert params(warmup_steps=0).train.warmup_steps == 0
     assert params(warmup_steps=0).train.reason("warmup_steps") == "train.warmup_steps"
 

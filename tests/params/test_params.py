@@ -164,6 +164,23 @@ def test_hub_and_file_sources_with_their_keys(tmp_path: Path) -> None:
             "data: {source: jsonl, path: a, separator: x}",
             ["data.separator: 'x' has no effect with data.source: jsonl", "null"],
         ),
+        (
+            "data: {source: text, path: a, revision: abc, text_column: b}",
+            [
+                "data.revision: 'abc' has no effect",
+                "set it to null",
+                "data.text_column: 'b'",
+                'set it to "text"',
+            ],
+        ),
+        ("data: {source: hub, dataset: a, errors: replace}", ["data.errors: 'replace' has no effect"]),
+        ("data: {source: parquet, path: a, documents: lines}", ["data.documents: 'lines' has no effect"]),
+        ("tokenizer: {kind: byte, train_bytes: 5}", ["tokenizer.train_bytes: 5", "tokenizer.kind: byte"]),
+        ("model: {architecture: gpt2, rope_theta: 5.0}", ["model.rope_theta: 5.0 has no effect", "gpt2"]),
+        (
+            "model: {architecture: gpt2, normalize_embeddings: false}",
+            ["normalize_embeddings: False", "to true"],
+        ),
         ("tokenizer: {kind: gpt2, vocab_size: 8192}", ["tokenizer.vocab_size", "50257", "not 8192", "null"]),
         ("tokenizer: {kind: byte, vocab_size: 8192}", ["tokenizer.vocab_size", "257", "null"]),
     ],

@@ -23,6 +23,7 @@ from core.project import Project
 
 REPO = Path(core.__file__).parents[1]
 SHIPPED = sorted(p.stem for p in (REPO / "plugins" / "hardware").glob("*.py"))
+ON_CARDS = ["muon", "accumulation", "allocator", "loader", "cleanup"]  # besides a precision
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,13 @@ def test_derived_rates_tell_geforce_from_professional_cards(
     assert rates(name, capability, sms, mhz)["fp16"] == pytest.approx(tflops, rel=0.02)
 
 
+def test_derived_profiles_train_as_the_shipped_ones_do(profiles: dict[str, HardwareProfile]) -> None:
+    shipped = [p for p in profiles.values() if p.device == "cuda"]
+    assert shipped and all(
+        [s for s in p.strategies if s not in ("fp16", "bf16")] == ON_CARDS for p in shipped
+    )
+
+
 @pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1660 Ti", "NVIDIA GeForce GTX 1650 SUPER"])
 def test_gtx_16_has_no_tensor_cores(name: str) -> None:
     profile = derive_profile(Gpu(name, 6 * GIB, (7, 5), sm_count=24, clock_mhz=1770))
@@ -176,12 +184,19 @@ def test_gtx_16_has_no_tensor_cores(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "precision"),
-    [((6, 1), set()), ((7, 5), {"fp16"}), ((8, 6), {"bf16"}), ((12, 0), {"bf16"})],
+    [
+        ((6, 1), set()),
+        ((7, 0), {"fp16"}),
+        ((7, 2), set()),
+        ((7, 5), {"fp16"}),
+        ((8, 6), {"bf16"}),
+        ((12, 0), {"bf16"}),
+    ],
 )
 def test_derived_precision_follows_the_capability(capability: tuple[int, int], precision: set[str]) -> None:
     profile = derive_profile(Gpu("NVIDIA Something", 8 * GIB, capability, sm_count=30, clock_mhz=1700))
     assert {"fp16", "bf16"} & set(profile.strategies) == precision
-    assert {"accumulation", "allocator", "loader", "cleanup"} <= set(profile.strategies)
+    assert [s for s in profile.strategies if s not in precision] == ON_CARDS
 
 
 def test_derived_bandwidth_and_size() -> None:

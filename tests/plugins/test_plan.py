@@ -331,6 +331,13 @@ def test_unknown_strategy_in_a_profile(project: Project, write_plugin: WritePlug
         ({"loader": {"workers": True}}, ["hardware.options.loader.workers: True should be of type int,"]),
         ({"loader": {"pin_memory": 1}}, ["hardware.options.loader.pin_memory: 1 should be of type bool"]),
         ({"fp16": {"init_scale": 1.0}}, ["hardware.options.fp16: fp16 is not on; add it", "add: [fp16]"]),
+        # rungs of the memory ladder, which are off
+        ({"checkpointing": {"typo": 3}}, ["hardware.options.checkpointing: unknown option 'typo'"]),
+        (
+            {"chunked_head": {"tokens": "8"}},
+            ["hardware.options.chunked_head.tokens: '8' should be of type int"],
+        ),
+        ({"chunked_head": {"tokens": 8}}, ["hardware.options.chunked_head.tokens: 8 should be 16 to 4096"]),
         ({"lodaer": {}}, ["hardware.options: unknown strategy 'lodaer'. Did you mean 'loader'?"]),
     ],
 )
@@ -338,6 +345,11 @@ def test_bad_options(project: Project, registry: Registry, options: dict, words:
     message = refusal(project, registry, hardware={"options": options})
     for word in words:
         assert word in message, message
+
+
+def test_options_of_a_rung_that_is_removed(project: Project, registry: Registry) -> None:
+    message = refusal(project, registry, hardware=add(remove=("checkpointing",), checkpointing={}))
+    assert "hardware.options.checkpointing: hardware.strategies.remove switches checkpointing off" in message
 
 
 def test_options_defaults_then_profile_then_params(project: Project, registry: Registry) -> None:

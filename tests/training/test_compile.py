@@ -83,7 +83,7 @@ class Training:
     def __init__(self, project: Any) -> None:
         self.project, (self.plan, _) = project, planned(project)
         self.hook, self.said = runtime(self.plan).hook, list[str]()
-        accelerator = make_accelerator(self.plan, self.hook)
+        accelerator = make_accelerator(self.plan)
         self.build = build_training(
             self.plan, self.hook, accelerator, self.plan.model, project.params, self.said.append
         )

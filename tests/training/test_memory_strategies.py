@@ -26,7 +26,7 @@ def step(project: Any) -> list[torch.Tensor]:
     plan, _ = planned(project)
     hook = runtime(plan).hook
     plan.set("gradient_accumulation_steps", 2, reason="", by="test")
-    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
+    build = build_training(plan, hook, make_accelerator(plan), plan.model, project.params, print)
     build.model.train()
     tokens = torch.randint(0, 500, (8, 33), generator=torch.Generator().manual_seed(0))
     window = [(t[:, :-1], t[:, 1:]) for t in tokens.split(4)]
@@ -88,7 +88,7 @@ def test_the_8_bit_optimizers_learn_and_are_what_their_stand_ins_say(
     project = ready(model=model, train=train, hardware={"profile": "cpu", "strategies": wanted})
     plan, _ = planned(project)
     hook = runtime(plan).hook
-    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
+    build = build_training(plan, hook, make_accelerator(plan), plan.model, project.params, print)
     simulated = simulate(plan, project.params, micro_batch=4).peak(4, True).parts["optimizer"]
     assert real_state(build.optimizer) == simulated
     run_training(project, lambda line: None)
@@ -153,7 +153,7 @@ def test_measuring_and_generating_never_need_more_than_a_step(
     plan, _ = planned(project)
     n = plan["micro_batch"]
     hook = runtime(plan).hook
-    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
+    build = build_training(plan, hook, make_accelerator(plan), plan.model, project.params, print)
     with Trace() as measuring, torch.inference_mode():
         measuring.tape.begin("build")
         tokens = torch.zeros(n, 64, dtype=torch.int64)

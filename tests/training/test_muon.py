@@ -68,6 +68,18 @@ def test_an_update_has_singular_values_near_one_and_the_gradients_own_directions
         assert (aligned > 0.75).all(), "a descent along every singular direction"
 
 
+def test_small_gradients_keep_their_digits_in_fp16() -> None:
+    """Their norm is taken off before: fp16 has 6e-5 as its smallest number of full precision."""
+    stepped = []
+    for scale in (1.0, 2.0**-16):
+        p = matrices()[0]
+        assert p.grad is not None
+        p.grad.mul_(scale)
+        Muon([{"params": [p], "lr": 0.1, "muon": True}], torch.float16).step()
+        stepped.append(p.detach())
+    assert torch.equal(*stepped)
+
+
 def test_matrices_are_stepped_together_as_each_would_be_alone() -> None:
     together, alone = matrices(), matrices()
     optimizer(together).step()

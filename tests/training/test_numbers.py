@@ -65,7 +65,7 @@ class Bench:
     def __init__(self, project: Project, optimizer: Optimizer | None = None) -> None:
         plan, _ = planned(project)
         self.hook = runtime(plan).hook
-        accelerator = make_accelerator(plan, self.hook)
+        accelerator = make_accelerator(plan)
         self.build = build_training(plan, self.hook, accelerator, plan.model, project.params, print)
         self.build.model.train()
         if optimizer:

@@ -25,6 +25,14 @@ def test_linear_rises_stays_and_falls_to_zero():
     assert all(a >= b for a, b in pairwise(lr[10:]))
 
 
+def test_a_budget_that_is_spent_gives_the_last_rate():
+    for schedule in ("linear", "cosine"):
+        assert (
+            lr_factor(TrainParams(max_steps=1, schedule=schedule, final_lr=0.1, warmup_steps=0), 9, 1.0)
+            == 0.1
+        )
+
+
 def test_cosine_over_the_whole_run_ends_at_final_lr():
     lr = schedule(warmup_steps=0, cooldown=1.0, schedule="cosine", final_lr=0.1)
     assert lr[0] == 1.0

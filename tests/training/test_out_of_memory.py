@@ -52,7 +52,7 @@ class Bench:
         self.build = build_training(
             self.plan,
             hook,
-            make_accelerator(self.plan, hook),
+            make_accelerator(self.plan),
             self.plan.model,
             project.params,
             self.said.append,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from core.errors import Stopped, UserError
 from core.launch import planned, run_training
 from core.run import Run, code_sha256, load_model
-from core.trainer import Budget, build_training, check_loss, make_accelerator, optimizer_step
+from core.trainer import Budget, build_training, check_first_loss, make_accelerator, optimizer_step
 
 
 def run(project) -> dict:
@@ -43,7 +43,7 @@ def one_step(project, pieces: int, micro_batch: int):
     plan, _ = planned(project)
     plan.set("gradient_accumulation_steps", pieces, reason="", by="test")
     hook = runtime(plan).hook
-    build = build_training(plan, hook, make_accelerator(plan, hook), plan.model, project.params, print)
+    build = build_training(plan, hook, make_accelerator(plan), plan.model, project.params, print)
     tokens = torch.randint(0, 512, (8, 33), generator=torch.Generator().manual_seed(0))
     window = [(t[:, :-1], t[:, 1:]) for t in tokens.split(micro_batch)]
     loss, norm = optimizer_step(build, hook, window, 1.0)
@@ -177,6 +177,9 @@ def test_budgets():
     time = Budget(None, 60.0)
     assert not time.spent(0, 100.0), "at least one step"
     assert time.share(3, 30.0) == 0.5 and time.spent(3, 60.0)
+    assert time.share(3, 90.0) == 1.0, (
+        "an evaluation took more than what was left: the rate must not turn negative"
+    )
 
 
 def test_a_run_in_minutes_ends(ready):
@@ -190,11 +193,10 @@ def test_token_budget_is_whole_steps(ready):
 
 
 def test_first_loss_far_from_ln_v_stops():
-    check_loss(6.3, 1, 512)
-    check_loss(3.0, 2, 512)
+    check_first_loss(6.3, 512)
     for loss in (4.0, 9.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"near ln\(512\) = 6.24"):
-            check_loss(loss, 1, 512)
+            check_first_loss(loss, 512)
 
 
 def test_a_second_run_of_the_same_refuses(ready):
@@ -237,7 +239,6 @@ def test_two_processes_train_the_same_model(ready):
 def test_memory_is_capped_at_the_plans_budget_on_a_device_without_an_index(ready, monkeypatch, free, share):
     """At what is free where that is less. accelerate's device is "cuda" without an index, which torch's cap refuses."""
     from core.hookspecs import GIB
-    from core.plan import runtime
 
     project = ready()
     plan, _ = planned(project)
@@ -256,18 +257,17 @@ def test_memory_is_capped_at_the_plans_budget_on_a_device_without_an_index(ready
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free * GIB, 16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, i: capped.append((f, i)))
-    make_accelerator(plan, runtime(plan).hook)
+    make_accelerator(plan)
     assert capped == [(share, 0)]
 
 
 def test_no_silent_fall_back_to_the_cpu(ready):
-    from core.plan import runtime
 
     project = ready()
     plan, _ = planned(project)
     plan.profile = replace(plan.profile, device="cuda", vram_gib=4, compute_capability=(8, 6))
     with pytest.raises(UserError, match="the plan wants cuda, torch offers cpu"):
-        make_accelerator(plan, runtime(plan).hook)
+        make_accelerator(plan)
 
 
 def test_last_weights_and_a_final_evaluation_when_time_runs_out_in_an_evaluation(ready, monkeypatch):
@@ -286,6 +286,9 @@ def test_last_weights_and_a_final_evaluation_when_time_runs_out_in_an_evaluation
     result = run(project)
     facts = json.loads((project.final_model / "config.json").read_text(encoding="utf-8"))
     assert facts["weights"] == "last" and facts["step"] == result["steps"]
+    (run_,) = project.runs.iterdir()
+    records = [json.loads(line) for line in (run_ / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(record["lr"] >= 0 for record in records if "lr" in record)
 
 
 def test_a_failing_process_hands_its_exit_code_back(ready):
