@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from core.measure import measure
 from core.project import Project
@@ -22,7 +23,7 @@ OVERFIT_GAP = 1.15  # held-out loss over training loss
 def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     """Measure the final model, draw samples, and write metrics.json, samples.md and report.html into reports/.
 
-    Raises UserError where the model or the tokens are missing or damaged.
+    Raises UserError where the model or the tokens are missing or damaged, or do not belong together.
     """
     from core.generate import generate
     from core.launch import planned
@@ -33,9 +34,16 @@ def evaluate(project: Project, echo: Callable[[str], None]) -> dict[str, Any]:
     plan, _ = planned(project)
     params = project.params.evaluate
     held_out = TokenShards.open(project.tokens, "val", verify=True)
-    trained = read_json(project.reports / "train.json", made_by="python -m stages.train")
+    trained = read_json(
+        project.reports / "train.json", made_by="python -m stages.train", keys=("epochs", "loss")
+    )
     model, facts = load_model(project.final_model)
     tokenizer = Tokenizer.load(project.final_model / "tokenizer")
+    if tokenizer.sha256 != held_out.manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"{project.final_model} was trained with another tokenizer than that of {project.tokens}: run "
+            "`python -m stages.train` first (or `dvc repro`)"
+        )
 
     alone = replace(plan, num_processes=1)  # one process measures; the plan may train with several
     accelerator = make_accelerator(alone)

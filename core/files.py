@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, made_by: str) -> Any:
+def read_json(path: Path, made_by: str, keys: Iterable[str] = ()) -> Any:
     """Read a JSON file that a stage wrote.
 
-    Raises UserError naming the stage `made_by` when the file is missing or is not JSON.
+    Raises UserError naming the stage `made_by` when the file is missing, is not JSON, or lacks one of `keys`.
     """
     try:
         if path.stat().st_size > JSON_MAX:
             raise ValueError(f"{path.stat().st_size:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if keys and not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} in the place of an object")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"without {', '.join(missing)}")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run `{made_by}` first (or `dvc repro`).") from None
     except (ValueError, RecursionError) as e:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from core.errors import UserError
+from core.params import HOTTEST, LEAST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +79,11 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise UserError naming every setting that is out of range."""
     problems = []
-    if temperature < 0:
-        problems.append(f"temperature: {temperature} should be 0 or more")
+    if not (temperature == 0 or LEAST <= temperature <= HOTTEST):  # also where it is no number
+        problems.append(f"temperature: {temperature} should be 0, or {LEAST:g} to {HOTTEST}")
     if top_k < 0:
         problems.append(f"top-k: {top_k} should be 0 (off) or more")
-    if not 0 < top_p <= 1:
-        problems.append(f"top-p: {top_p} should be above 0 and at most 1")
+    if not LEAST <= top_p <= 1:
+        problems.append(f"top-p: {top_p} should be {LEAST:g} to 1")
     if problems:
         raise UserError(problems, title="sampling settings" if len(problems) > 1 else "")

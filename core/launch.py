@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,19 @@ from core.unchanged import unchanged
 CURVE_ROWS = 1000
 
 
+def difference(old: Any, new: Any, key: str = "") -> str:
+    """The first place where two JSON documents differ, and how."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                return difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                return difference(a, b, f"{key}[{i}]")
+    return f"{key} was {reprlib.repr(old)} and is {reprlib.repr(new)} now"
+
+
 def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     """The plan that env-check wrote: with its strategies loaded and its variables in the environment, and as written.
 
@@ -39,10 +53,11 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     forecaster = Forecaster(project.forecasts, simulates=False)
     plan = resolve(project.params, read_facts(), registry, forecaster)
     # Through JSON, which turns tuples into lists.
-    if LAUNCHED not in os.environ and json.loads(plan_json(plan, registry)) != written:
+    now = json.loads(plan_json(plan, registry))
+    if LAUNCHED not in os.environ and now != written:
         raise UserError(
-            "reports/plan.json does not match params.yaml, the plugins and this machine any more: run "
-            "`python -m stages.env_check` (or `dvc repro`)"
+            "reports/plan.json does not match params.yaml, the plugins and this machine any more "
+            f"({difference(written, now)}): run `python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
     # torch then counts the cards as the driver and env-check do

@@ -74,12 +74,12 @@ class Muon(torch.optim.Optimizer):
                 else:
                     self.state[p] = adamw_state(p)
         if values:
-            sizes = {"x": values, "y": values, "gram": side, "factor": side}
+            sizes = {"x": values, "y": values, "gram": side, "factor": side, "norm": AT_ONCE}
             if dtype == torch.float32:
                 sizes |= {"product": side, "spare": side}
             for name, size in sizes.items():
                 self._room[name] = torch.empty(size, dtype=dtype, device=p.device)
-            for name in ("good", "momentum", "weight", "decay", "norm"):
+            for name in ("good", "momentum", "weight", "decay", "scale"):
                 self._room[name] = torch.empty((), dtype=torch.float32, device=p.device)
             self._room["bad"] = torch.empty((), dtype=torch.bool, device=p.device)
 
@@ -153,14 +153,14 @@ class Muon(torch.optim.Optimizer):
         rows, columns = _wide(matrices[0].shape)
         n = len(matrices)
         x, y = (self._room[name][: n * rows * columns].view(n, rows, columns) for name in "xy")
-        norm = self._room["norm"]  # no singular value is larger
         for row, p in zip(x, matrices, strict=True):
             assert p.grad is not None
-            torch.linalg.vector_norm(p.grad, out=norm)
-            p.grad.div_(
-                norm.mul_(SLACK).clamp_(min=1e-7)
-            )  # before fp16, where small gradients lose their digits
+            if x.dtype == torch.float16:  # where small gradients would lose their digits
+                p.grad.div_(torch.linalg.vector_norm(p.grad, out=self._room["scale"]).clamp_(min=1e-7))
             row.copy_(p.grad if p.shape == row.shape else p.grad.mT)
+        norm = self._room["norm"][:n].view(n, 1, 1)  # no singular value is larger
+        torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, out=norm)
+        x.div_(norm.mul_(SLACK).clamp_(min=1e-7))
         if x.dtype == torch.float32 and columns > GRAM_SHAPE * rows:
             return torch.bmm(self._factor(x), x, out=y)
         gram, factor = self._squares(x, "gram", "factor")

@@ -59,9 +59,14 @@ def _options(value: Any) -> Any:
     )
 
 
+LEAST, HOTTEST = 1e-6, 100
+"""Of a temperature, and of top_p: logits divided by less are infinite, and a share of less is 0 in fp32."""
+MAX_BLOCK_SIZE = 1 << 17
+
+
 def _temperature(value: float) -> float:
-    if 0 < value < 1e-6:  # logits divided by less are infinite
-        raise PydanticCustomError("temperature", "0, or 1e-6 or more")
+    if 0 < value < LEAST:
+        raise PydanticCustomError("temperature", f"0, or {LEAST:g} or more")
     return value
 
 
@@ -226,7 +231,7 @@ class ModelParams(Section):
     n_embd: Size | None = None
     n_inner: Size | None = None
     """Width of the feed-forward layer (default: 4 n_embd for gpt2, 8/3 n_embd rounded up to 64 for qwen3)."""
-    block_size: Annotated[int, Field(ge=8, le=1 << 17)] | None = None
+    block_size: Annotated[int, Field(ge=8, le=MAX_BLOCK_SIZE)] | None = None
     """Context length T [tokens]."""
     tie_embeddings: bool | None = None
     """Use the token embedding as output head (default: true, but false for qwen3 with few ids, as bytes are)."""
@@ -316,13 +321,13 @@ class EvaluateParams(Section):
     n_samples: Annotated[int, Field(ge=0, le=1000)] = 4
     """Samples when `prompts` is empty."""
     sample_tokens: Size = 160
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_temperature)] = (
-        0.8
-    )
+    temperature: Annotated[
+        float, Field(ge=0, le=HOTTEST, allow_inf_nan=False), AfterValidator(_temperature)
+    ] = 0.8
     """0 takes the likeliest token."""
     top_k: Count = 50
     """0 switches it off."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=LEAST, le=1)] = 1.0
 
 
 class Params(Section):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from core.hookspecs import Build
 
 PLAN_FORMAT = 2
+MAX_WORKERS = 64
+"""Processes that read batches: more is a slip of the pen, and starting them takes minutes."""
 
 
 def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Forecaster | None = None) -> Plan:
@@ -81,9 +83,8 @@ def resolve(params: Params, facts: Facts, registry: Registry, forecaster: Foreca
             micro_batch=None if params.train.micro_batch == "auto" else params.train.micro_batch,
         )
         _choose_strategies(plan, params.hardware, facts, registry, rungs)
-        waiting = [
-            registry.strategies[name] for name in plan.options if name not in {s.name for s in plan.active}
-        ]
+        off = [name for name in plan.options if name not in {s.name for s in plan.active}]
+        waiting = [registry.strategies[name] for name in off if name not in plan.skipped]
         _decide_values(plan, params, facts, waiting)
         return plan
 
@@ -198,7 +199,7 @@ def _choose_strategies(
             )
     for strategy in chosen:
         plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
-    for strategy in _rungs_with_options(profile, hardware, chosen, registry):
+    for strategy in _off_with_options(plan, hardware, chosen, registry):
         plan.options[strategy.name] = _options(strategy, profile, hardware, problems)
     problems += _unused_options(hardware, plan, chosen, registry)
     problems += _clashes(chosen)
@@ -235,13 +236,13 @@ def _options(
     return merged
 
 
-def _rungs_with_options(
-    profile: HardwareProfile, hardware: HardwareParams, chosen: list[Strategy], registry: Registry
+def _off_with_options(
+    plan: Plan, hardware: HardwareParams, chosen: list[Strategy], registry: Registry
 ) -> list[Strategy]:
-    """Rungs of the memory ladder that are off, and that somebody set options for."""
-    named = dict.fromkeys((*hardware.options, *profile.options))
+    """Strategies with options that are off now and may be on another time: rungs, and what does not work here."""
+    named = dict.fromkeys((*hardware.options, *plan.profile.options))
     found = [registry.strategies[name] for name in named if name in registry.strategies]
-    return [s for s in found if s.rung and s not in chosen]
+    return [s for s in found if (s.rung or s.name in plan.skipped) and s not in chosen]
 
 
 def _gave_way(chosen: list[Strategy], own: set[str], hardware: HardwareParams) -> dict[str, str]:
@@ -402,6 +403,12 @@ def _decide_values(plan: Plan, params: Params, facts: Facts, waiting: list[Strat
     for key in ("lr", "warmup_steps"):
         if (reason := params.train.reason(key)) != f"train.{key}":
             plan.notes.append(f"train.{key}: {getattr(params.train, key):g}, {reason}")
+    steps, warmup = params.train.steps, params.train.warmup_steps
+    if steps is not None and warmup > steps:
+        plan.notes.append(
+            f"train.warmup_steps: {warmup} is more than the run's {steps} steps, which never reach train.lr; set it to "
+            "auto"
+        )
     per_process = plan.sequences // plan.num_processes
     if plan.micro_batch is not None:
         plan.set("micro_batch", plan.micro_batch, reason="train.micro_batch", by=core)
@@ -420,6 +427,8 @@ def _decide_values(plan: Plan, params: Params, facts: Facts, waiting: list[Strat
     problems += [p for _, found in answers(plan, "check_plan", plan=plan, facts=facts) for p in found]
     problems += [p for s in waiting for p in call(s, "check_plan", plan=plan, facts=facts) or ()]
     keep, workers = plan.values["persistent_workers"], plan.values["num_workers"]
+    if not 0 <= workers.value <= MAX_WORKERS:
+        problems.append(f"{workers.by} sets num_workers to {workers.value}; it should be 0 to {MAX_WORKERS}")
     if keep.value and not workers.value:
         problems.append(
             f"{keep.by} sets persistent_workers, but {workers.by} sets num_workers to 0: there are none to keep"

@@ -276,6 +276,9 @@ def _planning(given: Mapping[str, Any], hook: Hook) -> Iterator[None]:
             "imports torch, which is too early: settings must be in the environment before torch is"
         )
     after = _picture(given, free)
+    notes = getattr(plan, "notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise Nonsense(f"left {shown(notes)} as plan.notes; append strings to it")
     changed = [name for name, value in before.items() if after.get(name) != value]
     if changed:
         raise Nonsense(f"changed {changed[0]}, which is not its to change; plan.set() decides values")
@@ -332,7 +335,16 @@ def _metrics(given: Mapping[str, Any], hook: Hook) -> Iterator[None]:
     """Metrics may be added to; what is there stays."""
     metrics = given.get("metrics", {})
     before = dict(metrics)
-    yield
+    try:
+        yield
+        _look_at_metrics(before, metrics)
+    except BaseException:  # the record is written all the same, without what the log cannot hold
+        metrics.clear()
+        metrics.update(before)
+        raise
+
+
+def _look_at_metrics(before: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     for key, value in before.items():
         if key not in metrics or (metrics[key] is not value and metrics[key] != value):
             raise Nonsense(f"changed metrics[{key!r}], which is the run's own; add numbers under other names")

@@ -411,8 +411,9 @@ def _strategy(value: Any, name: str) -> Strategy:
         if not isinstance(given, list | tuple) or not all(isinstance(s, str) for s in given):
             problems.append(f"{key} {given!r} must be a tuple of names, such as ('bf16',)")
     for key in ("conflicts", "defaults"):
-        if not isinstance(getattr(value, key), Mapping):
-            problems.append(f"{key} {getattr(value, key)!r} must be a dict")
+        given = getattr(value, key)
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            problems.append(f"{key} {given!r} must be a dict with names as keys")
     if not isinstance(value.slot, str):
         problems.append(f"slot {value.slot!r} must be a string")
     if type(value.rung) is not int or value.rung < 0:

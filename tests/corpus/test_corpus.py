@@ -136,11 +136,18 @@ def test_paths_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("corpus_ax.txt", r"nothing matches 'corpus_ax\.txt'.*Did you mean 'corpus_az\.txt'"),
         ("empty", r"no \*\.txt, \*\.md in the folder"),
         ("none/*.txt", "nothing matches"),
+        ("x" * 300 + ".txt", "cannot be looked for|nothing matches"),
+        *([("**.txt", r"'\*\*\.txt' cannot be looked for")] if sys.version_info < (3, 13) else []),
     ]:
         project = make_project(tmp_path, data={"source": "text", "path": path})
         for action in (lambda p: describe_inputs(p, {}), lambda p: prepare(p, print)):
             with pytest.raises(UserError, match=message):
                 action(project)
+    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)
+    project = make_project(tmp_path, data={"source": "text", "path": "empty"})
+    with pytest.raises(UserError, match=r"data\.path: 'empty' cannot be looked for: .*Permission denied"):
+        prepare(project, print)
+    monkeypatch.undo()
     project = make_project(tmp_path, data={"source": "text", "path": "corpus_az.txt"})
 
     def locked(path: Path) -> str:

@@ -87,7 +87,7 @@ def test_pieces_hold_whole_characters(model):
     assert text(Fixed(), max_tokens=6) == ["ş", "🙂"]
 
 
-def test_command(ready):
+def test_command(ready, monkeypatch):
     ready(train={"max_steps": 2})
     assert CliRunner().invoke(train, []).exit_code == 0
     run = CliRunner().invoke(tightfit, ["generate", "Aysel", "--max-tokens", "5", "--seed", "3"])
@@ -99,6 +99,9 @@ def test_command(ready):
         ["generate", "Aysel", "--max-tokens", "5", "--seed", "3", "--model", name, "--weights", "best"],
     )
     assert same.output == run.output
+    monkeypatch.setattr("core.memory.compute.gpu_problem", lambda: "there is none here")
+    card = CliRunner().invoke(tightfit, ["generate", "Aysel", "--device", "cuda"])
+    assert card.exit_code == 2 and "--device cuda: there is none here" in card.output
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,13 @@ def test_command(ready):
     [
         (["generate", "x"], "there is no models/final yet"),
         (["generate", "x", "--model", "nope"], "no model at 'nope'. Runs: none yet"),
-        (["generate", "x", "--top-p", "0"], "top-p: 0.0 should be above 0"),
+        (["generate", "x", "--model", "n" * 300], "Runs: none yet"),
+        (["generate", "x", "--top-p", "0"], "top-p: 0.0 should be 1e-06 to 1"),
+        (["generate", "x", "--top-p", "nan"], "top-p: nan"),
+        (["generate", "x", "--temperature", "nan"], "temperature: nan should be 0, or 1e-06 to 100"),
+        (["generate", "x", "--temperature", "1e-45"], "temperature: 1e-45"),
+        (["generate", "x", "--temperature", "inf"], "temperature: inf"),
+        (["generate", "x", "--seed", "18446744073709551616"], "--seed"),
         (["generate", "x", "--temperature", "-1", "--top-k", "-1"], "top-k: -1"),
     ],
 )

@@ -128,8 +128,16 @@ def test_the_cpu_is_measured_once(project: Project) -> None:
     rates = json.loads((project.reports / "rates.json").read_text(encoding="utf-8"))["rates"]
     assert list(rates) == [first["plan"]["recipe"]["dtype"]]
     assert asked("--profile", "cpu") == first
+    for damaged in ("[]", "{}", '{"machine": 1}'):
+        (project.reports / "rates.json").write_text(damaged, encoding="utf-8")
+        assert asked("--profile", "cpu")["tokens_per_second"]
     assert "measured here" in tightfit("--profile", "cpu").stdout
     assert tightfit("--profile", "cpu", "--os", "windows").exit_code == 2
+
+
+def test_a_context_beyond_what_params_allow(project: Project) -> None:
+    result = tightfit("--context", "1000000")
+    assert result.exit_code == 2 and "131072" in result.output
 
 
 def test_minutes_become_tokens(project: Project) -> None:

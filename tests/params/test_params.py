@@ -148,8 +148,8 @@ def test_hub_and_file_sources_with_their_keys(tmp_path: Path) -> None:
         ("model: {dropout: 1.0}", ["model.dropout: 1.0", "less than 1"]),
         ("model: {dropout: .nan}", ["model.dropout: nan"]),
         ("model: {block_size: 4}", ["model.block_size: 4", "greater than or equal to 8"]),
-        ("evaluate: {temperature: 1e-40}", ["evaluate.temperature: 1e-40 should be 0, or 1e-6 or more"]),
-        ("evaluate: {top_p: 0}", ["evaluate.top_p: 0", "greater than 0"]),
+        ("evaluate: {temperature: 1e-40}", ["evaluate.temperature: 1e-40 should be 0, or 1e-06 or more"]),
+        ("evaluate: {top_p: 0}", ["evaluate.top_p: 0", "greater than or equal to 0.000001"]),
         ("hardware: {num_processes: 0}", ["hardware.num_processes: 0", "greater than 0"]),
         # keys that need each other
         ("data: {source: text}", ["data.path is needed for data.source: text"]),

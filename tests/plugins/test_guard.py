@@ -51,7 +51,7 @@ def tiny(plan: Plan) -> Build:
     return Build(plan, SimpleNamespace(device=torch.device("cpu")), model, model, lr=0.1)
 
 
-def call(strategy: Strategy, hook: str, plan: Plan) -> Any:
+def call(strategy: Strategy, hook: str, plan: Plan, **given: Any) -> Any:
     """Call a hook the way the trainer does, as the only strategy."""
     plan.active = guarded(strategy)
     known = {
@@ -61,6 +61,7 @@ def call(strategy: Strategy, hook: str, plan: Plan) -> Any:
         "step": 3,
         "metrics": {"loss": 2.0},
         "state": {},
+        **given,
     }
     return getattr(runtime(plan).hook, hook)(**{name: known[name] for name in RUNTIME_HOOKS[hook]})
 
@@ -315,6 +316,25 @@ def test_hooks_that_return_nothing(plan: Plan, hook: str) -> None:
         call(doing(hook, lambda *given: 3), hook, plan)
 
 
+def test_metrics_that_the_log_cannot_hold_are_taken_back(plan: Plan) -> None:
+    """The record is written all the same: else writing it would fail, and hide whose fault it was."""
+
+    class Mine(Strategy):
+        name = "mine"
+
+        @hookimpl
+        def on_step_end(self, build: Build, step: int, metrics: dict) -> None:
+            metrics["mine"] = object()
+            if step == 2:
+                raise ValueError("boom")
+
+    for step, words in ((1, "put a object"), (2, "boom")):
+        metrics = {"loss": 2.0}
+        with pytest.raises(HookError, match=words):
+            call(Mine(), "on_step_end", plan, step=step, metrics=metrics)
+        assert metrics == {"loss": 2.0}
+
+
 @pytest.mark.parametrize("hook", ["on_step_end", "on_evaluate_end"])
 def test_metrics_may_be_added_and_nothing_else(plan: Plan, hook: str) -> None:
     import numpy as np
@@ -331,6 +351,17 @@ def test_metrics_may_be_added_and_nothing_else(plan: Plan, hook: str) -> None:
             act(change)
     with pytest.raises(HookError, match=r"put a ndarray into metrics\['mine'\]"):
         act(lambda m: m.update(mine=np.ones(2)))
+
+
+def test_notes_are_a_list_of_strings(plan: Plan) -> None:
+    for notes in (None, [1], "text"):
+        with pytest.raises(HookError, match=r"adjust_plan\(\) left .* as plan.notes; append strings to it"):
+            call(
+                doing("adjust_plan", lambda plan, facts, notes=notes: setattr(plan, "notes", notes)),
+                "adjust_plan",
+                plan,
+            )
+        plan.notes = []
 
 
 def test_network_stays_and_model_is_a_module(plan: Plan) -> None:

@@ -328,10 +328,11 @@ def test_unknown_strategy_in_a_profile(project: Project, write_plugin: WritePlug
             {"loader": {"workers": "two"}},
             ["hardware.options.loader.workers: 'two' should be of type int, such as -1"],
         ),
+        ({"loader": {"workers": 300}}, ["loader sets num_workers to 300; it should be 0 to 64"]),
         ({"loader": {"workers": True}}, ["hardware.options.loader.workers: True should be of type int,"]),
         ({"loader": {"pin_memory": 1}}, ["hardware.options.loader.pin_memory: 1 should be of type bool"]),
         ({"fp16": {"init_scale": 1.0}}, ["hardware.options.fp16: fp16 is not on; add it", "add: [fp16]"]),
-        # rungs of the memory ladder, which are off
+        # rungs of the memory ladder, which are off now
         ({"checkpointing": {"typo": 3}}, ["hardware.options.checkpointing: unknown option 'typo'"]),
         (
             {"chunked_head": {"tokens": "8"}},
@@ -345,6 +346,20 @@ def test_bad_options(project: Project, registry: Registry, options: dict, words:
     message = refusal(project, registry, hardware={"options": options})
     for word in words:
         assert word in message, message
+
+
+def test_options_of_a_strategy_that_is_skipped(project: Project, registry: Registry) -> None:
+    hardware = {"strategies": {"add": ["bf16?"]}, "options": {"bf16": {"nonsense": 1}}}
+    message = refusal(project, registry, "cpu", hardware=hardware, facts={"cpu_bf16": False})
+    assert "hardware.options.bf16: unknown option 'nonsense'. Options: none" in message
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 5, "max_tokens": None}, {"max_tokens": 5 * 1024}])
+def test_a_warm_up_longer_than_the_run(project: Project, registry: Registry, budget: dict[str, Any]) -> None:
+    given = {"max_steps": None, "batch_tokens": 1024, **budget}
+    for warmup, told in ((6, True), (5, False)):
+        plan = plan_for(project, registry, "cpu", train={**given, "warmup_steps": warmup})
+        assert any("warmup_steps: 6 is more than the run's 5 steps" in note for note in plan.notes) == told
 
 
 def test_options_of_a_rung_that_is_removed(project: Project, registry: Registry) -> None:

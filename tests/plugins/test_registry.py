@@ -316,6 +316,7 @@ def test_profile_value_of_another_type_names_its_field(
         ("    conflicts = ('bf16',)\n", "conflicts"),  # AttributeError in resolve()
         ("    phase = 'MODEL'\n", "phase"),  # TypeError in resolve()
         ("    defaults = ['workers']\n", "defaults"),
+        ("    defaults = {5: 1}\n", "must be a dict with names as keys"),
     ],
 )
 def test_strategy_attribute_of_another_type_is_named(

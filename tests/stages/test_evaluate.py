@@ -9,6 +9,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
+from core.tokenizer import Tokenizer
 from stages.evaluate import main
 from stages.train import main as train
 
@@ -64,3 +65,19 @@ def test_damaged_model(trained, damage):
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 2
     assert "models/final" in result.output.replace("\\", "/") and "Traceback" not in result.output
+
+
+def test_tokens_of_another_tokenizer(trained):
+    Tokenizer.train_bpe(["another text"], 300).save(trained.final_model / "tokenizer")
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2 and "was trained with another tokenizer" in result.output
+    assert not (trained.reports / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("[]", "a list in the place"), ("{}", "without epochs, loss")]
+)
+def test_damaged_training_report(trained, content, words):
+    (trained.reports / "train.json").write_text(content, encoding="utf-8")
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2 and words in result.output and "stages.train" in result.output
