@@ -54,12 +54,24 @@ def slow_train(texts, vocab_size):
     return {token: i for i, token in enumerate(tokens)}
 
 
+def slices(text):
+    """Parts of at most SLICE characters, each cut before the last space after a word or line end, if there is one."""
+    while len(text) > bpe.SLICE:
+        spaces = (i for i in range(1, bpe.SLICE) if text[i] == " ")
+        end = max(
+            (i for i in spaces if text[i - 1] in "\r\n" or not text[i - 1].isspace()), default=bpe.SLICE
+        )
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
 def slow_count(texts):
     """The definition: SPLIT over each slice; the rarer half goes after the slice that brought too many."""
     pieces = Counter()
     for text in texts:
-        for start in range(0, len(text), bpe.SLICE):
-            for piece in regex.findall(bpe.SPLIT, text[start : start + bpe.SLICE]):
+        for part in slices(text):
+            for piece in regex.findall(bpe.SPLIT, part):
                 pieces.update(piece[i : i + bpe.LONGEST] for i in range(0, len(piece), bpe.LONGEST))
             if len(pieces) > bpe.MAX_PIECES:
                 crc = {piece: zlib.crc32(piece.encode("utf-8", "replace")) for piece in pieces}
@@ -72,6 +84,7 @@ BLANKS = [chr(c) for c in range(sys.maxunicode + 1) if regex.match(r"\s", chr(c)
 ALPHABETS = {
     "few letters": "ab",
     "prose": "ab ",
+    "ASCII": [*map(chr, range(128)), *" " * 30],
     "words": ["the", "cat", " ", " ", " ", "sat", ". ", "\n", "don't", "(", "12"],
     "code": "if (x) {\n    y[0] += 12;\n\t}  ",
     "CRLF": "ab.  \r\n",
@@ -97,6 +110,13 @@ def test_equals_the_definition_on_random_texts(name, monkeypatch):
         ]
         assert bpe.count_pieces(texts) == slow_count(texts)
         assert bpe.train(texts, 290) == slow_train(texts, 290)
+
+
+def test_slices_cut_no_word(monkeypatch):
+    text = sample_text(2_000, seed=3)
+    whole = bpe.count_pieces([text])
+    monkeypatch.setattr(bpe, "SLICE", 100)
+    assert bpe.count_pieces([text]) == whole
 
 
 def test_no_space_is_cut_from_a_blank_before_it():
