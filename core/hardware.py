@@ -21,8 +21,13 @@ OPTIONAL_MODULES = ("triton", "bitsandbytes", "c++")
 # professional ones with the same chip. The products with SM count and boost clock reproduce the whitepapers' 71
 # TFLOP/s (RTX 3090), 165 (RTX 4090), 53.8 (RTX 2080 Ti), 125 (A10, V100), 312 (A100), 989 (H100) and 65 (T4).
 TENSOR_FLOPS_PER_CLOCK = {
-    **{(7, 0): 1024, (7, 5): 1024},
-    **{(8, 0): 2048, (8, 6): 1024, (8, 7): 1024, (8, 9): 1024, (9, 0): 4096},
+    (7, 0): 1024,
+    (7, 5): 1024,
+    (8, 0): 2048,
+    (8, 6): 1024,
+    (8, 7): 1024,
+    (8, 9): 1024,
+    (9, 0): 4096,
 }
 GEFORCE_HALF = {(7, 5), (8, 6), (8, 9)}
 CUDA_CORES_PER_SM = {(7, 0): 64, (7, 5): 64, (8, 0): 64}  # 128 from 8.6 on

@@ -38,14 +38,8 @@ CACHE_FORMAT, CACHE_ENTRIES = 1, 2000
 # What a forecast depends on, besides the plugins in use.
 CODE = (
     *(
-        "fused.py",
-        "loss.py",
-        "model.py",
-        "model_config.py",
-        "muon.py",
-        "numbers.py",
-        "optim.py",
-        "optim8bit.py",
+        f"{name}.py"
+        for name in ("fused", "loss", "model", "model_config", "muon", "numbers", "optim", "optim8bit")
     ),
     "trainer.py",
     *(f"memory/{name}.py" for name in ("allocator", "deepen", "forecast", "simulate", "tape", "trace")),
