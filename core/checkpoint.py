@@ -8,6 +8,8 @@ https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSO
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import errno
 import hashlib
 import json
@@ -131,17 +133,21 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Digest:
-    """SHA-256 in a thread of its own, so that it costs no time beside the disk.
+    """SHA-256 in a thread of its own, so that it costs no time beside the disk; in this one where that cannot begin.
 
-    waiting: pieces that may wait for it, 0 for any number: those of tensors on the CPU take no memory.
+    A thread that finds no memory to begin with dies silently, and `threading.Thread.start` would wait for it for ever
+    (https://github.com/python/cpython/issues/140746), so nothing here waits for a thread that has not begun. waiting:
+    pieces that may wait, 0 for any number: those of tensors on the CPU take no memory.
     """
 
     def __init__(self, waiting: int) -> None:
         self.pieces: queue.Queue[Any] = queue.Queue(waiting)
+        self.working = threading.Lock()  # whoever holds it takes the pieces
+        self.ended = False
         self.hash = hashlib.sha256()
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        with contextlib.suppress(RuntimeError):  # can't start new thread
+            _thread.start_new_thread(self._work, ())
 
     def __enter__(self) -> _Digest:
         return self
@@ -150,19 +156,28 @@ class _Digest:
         self.end()
 
     def _work(self) -> None:
-        while (piece := self.pieces.get()) is not None:
-            try:
-                self.hash.update(piece)
-            except Exception as e:
-                self.error = e
+        with self.working:
+            while not self.ended:
+                self._take()
+
+    def _take(self) -> None:
+        piece = self.pieces.get()
+        self.ended = piece is None
+        try:
+            self.hash.update(piece or b"")
+        except Exception as e:
+            self.error = e
 
     def feed(self, piece: Any) -> None:
+        if self.pieces.full() and self.working.acquire(blocking=False):
+            self._take()
+            self.working.release()
         self.pieces.put(piece)
 
     def end(self) -> str:
-        if self.thread.is_alive():
-            self.pieces.put(None)
-            self.thread.join()
+        if not self.ended:
+            self.feed(None)
+            self._work()
         if self.error is not None:
             raise self.error
         return self.hash.hexdigest()

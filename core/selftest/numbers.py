@@ -203,13 +203,10 @@ def no_limits() -> str | None:
 
 @fault("F20", "the machine really runs out of RAM", unless=no_limits)
 def no_more_ram(lab: Lab, times: int) -> Outcome:
-    """The process may take 48 MiB more when training starts; the first micro-batch wants more than that.
-
-    Without malloc, which is not on either where the limit is there from the start: at it, it may wait for ever.
-    """
+    """The process may take 48 MiB more when training starts; the first micro-batch wants more than that."""
     tally = Tally()
     hardware = {
-        "strategies": {"add": [], "remove": ["bf16", "threads", "chunked_head", "malloc"]},
+        "strategies": {"add": [], "remove": ["bf16", "threads", "chunked_head"]},
         "options": {"accumulation": {"max_micro_batch_tokens": 0}},
     }
     train = {"max_steps": 2, "batch_tokens": 65536, "micro_batch": "auto", "eval_interval": 2}

@@ -19,11 +19,6 @@ class Malloc(Strategy):
             return "a card's memory has its own allocator"
         if platform.libc_ver()[0] != "glibc":
             return "only the GNU C library has these settings"
-        import resource
-
-        # At such a limit it was seen to wait for ever.
-        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-            return "the address space is limited (ulimit -v), which it does not stand"
         return None
 
     @hookimpl

@@ -8,12 +8,14 @@ cannot be.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,16 +211,39 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
 
 
 def test_a_tensor_that_cannot_be_read_ends_the_checksums_thread(tmp_path: Path) -> None:
-    import threading
-
     class Gone(torch.Tensor):
         def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             raise RuntimeError("the card is gone")
 
-    threads = threading.active_count()
+    threads = _thread._count()
     with pytest.raises(RuntimeError, match="the card is gone"):
         write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2).as_subclass(Gone)}, {})
-    assert threading.active_count() == threads and not list(tmp_path.iterdir())
+    for _ in range(500):  # it has nothing left to do, but has yet to go
+        if _thread._count() > threads:
+            time.sleep(0.01)
+    assert _thread._count() == threads and not list(tmp_path.iterdir())
+
+
+def refused(*args: Any) -> int:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("waiting", [0, 4])
+@pytest.mark.parametrize(
+    "start", [refused, lambda *args: 0], ids=["refused", "died before it began (python/cpython#140746)"]
+)
+def test_without_memory_for_a_thread_the_checksum_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any, waiting: int
+) -> None:
+    digest = checkpoint._Digest
+    monkeypatch.setattr(checkpoint, "PIECE", 3)
+    with monkeypatch.context() as without:
+        without.setattr(_thread, "start_new_thread", start)
+        without.setattr(checkpoint, "_Digest", lambda **_: digest(waiting))
+        write_tensors(tmp_path / "a.safetensors", TENSORS, {})
+    write_tensors(tmp_path / "b.safetensors", TENSORS, {})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    verified_header(tmp_path / "a.safetensors")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folders")

@@ -387,8 +387,7 @@ def test_a_real_limit_of_memory(ready: Any) -> None:
     project = ready(
         hardware={
             "profile": "cpu",
-            # malloc looks for a limit at the start only
-            "strategies": {"add": [], "remove": ["bf16", "chunked_head", "malloc"]},
+            "strategies": {"add": [], "remove": ["bf16", "chunked_head"]},
             "options": {"accumulation": {"max_micro_batch_tokens": 0}},
         },
         train={"max_steps": 2, "batch_tokens": 16384, "eval_interval": 2, "eval_tokens": 512},
