@@ -138,12 +138,10 @@ def _add(text: str, n: int, pieces: Counter[str]) -> None:
     """Add the pieces of a text, which occurs n times."""
     import regex
 
-    for piece in _ascii_pieces(text) if text.isascii() else regex.findall(SPLIT, text):
-        if len(piece) <= LONGEST:
-            pieces[piece] += n
-        else:
-            for i in range(0, len(piece), LONGEST):
-                pieces[piece[i : i + LONGEST]] += n
+    found = _ascii_pieces(text) if text.isascii() else regex.findall(SPLIT, text)
+    for piece, times in Counter(found).items():
+        for i in range(0, len(piece), LONGEST):
+            pieces[piece[i : i + LONGEST]] += n * times
 
 
 def _commonest(pieces: Counter[str]) -> Counter[str]:
@@ -177,9 +175,11 @@ def _merge(
         parts = words[i].split(pair)
         if len(parts) == 2:  # most often; the loops below do the same in longer time
             left, right = parts
-            words[i] = left + new + right
-            before[left[-1:]].append(i)
-            after[right[:1]].append(i)
+            words[i] = f"{left}{new}{right}"
+            if left:
+                before[left[-1]].append(i)
+            if right:
+                after[right[0]].append(i)
         elif len(parts) > 2:
             words[i] = new.join(parts)
             for left in parts[:-1]:
