@@ -65,15 +65,13 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
-    if top_k and top_k < logits.numel():
-        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    # The likeliest first, and no others: drawing looks at every one that is left.
+    logits, ids = logits.topk(min(top_k or logits.numel(), logits.numel()))
+    probabilities = (logits / temperature).softmax(0)
     if top_p < 1.0:
-        ordered, index = logits.sort(descending=True)
-        probabilities = ordered.softmax(0)
         # A token stays while the likelier ones before it have not reached top_p together; the first always stays.
-        logits[index[probabilities.cumsum(0) - probabilities >= top_p]] = -torch.inf
-    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+        probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

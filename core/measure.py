@@ -36,7 +36,8 @@ def measure(
     """
     import torch
 
-    model = accelerator.unwrap_model(model)  # without DDP, which would wait for processes that have no batch
+    if accelerator.num_processes > 1:  # without DDP, which would wait for processes that have no batch
+        model = accelerator.unwrap_model(model)  # imports torch._dynamo: a second
     block_size = model.config.block_size
     training = model.training
     model.eval()

@@ -105,8 +105,11 @@ def to_autocast(x: Tensor) -> Tensor:
 
 
 def takes_apart(x: Tensor) -> bool:
-    """Whether torch takes rms_norm apart here, since only a card has a kernel for it; a compiler makes its own."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether torch takes rms_norm apart here, and keeps what each part read: only a card has a kernel for it.
+
+    A compiler makes its own; without gradients nothing is kept, and torch's parts do as well.
+    """
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ class TrainParams(Section):
     """lr at the end, as a share of the peak."""
     eval_interval: Positive = 100
     """Steps between evaluations on held-out text."""
-    eval_tokens: Positive = 65_536
+    eval_tokens: Positive = 32_768
     """Held-out tokens per such evaluation; always the same ones."""
     log_interval: Positive = 10
     """Steps between log lines; the loss is read from the device only then."""
