@@ -95,8 +95,8 @@ class Rival:
 
 
 RIVALS = (
-    Rival("nanoGPT as published, lr 1e-3", 1e-3, 1.88, updates=105, batch=24),
-    Rival("nanoGPT tuned, lr 3e-3", 3e-3, 1.77, updates=150, batch=32),
+    Rival("nanoGPT as published, lr 1e-3", 1e-3, 1.88, updates=103, batch=24),
+    Rival("nanoGPT tuned, lr 3e-3", 3e-3, 1.77, updates=156, batch=32),
 )
 
 
