@@ -22,8 +22,9 @@ from typing import Any
 from core.errors import PluginError, TightfitError, UserError, did_you_mean
 from core.hardware import OPTIONAL_MODULES, choose_profile, read_facts
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Plan, Strategy
+from core.launch import difference
 from core.params import HardwareParams, Params, StrategyChoice
-from core.plan import load_state, resolve, runtime, saved_state
+from core.plan import load_state, plan_json, resolve, runtime, saved_state
 from core.plugin_guard import HookError
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
 from core.project import Project
@@ -210,6 +211,13 @@ def _plan(result: Check, project: Project, hardware: HardwareParams, facts: Fact
     with result.step(f"{hardware.profile} plans on {facts.os}") as step:
         plan = resolve(params, facts, result.registry)
         step.notes += plan_lines(plan) if first else []
+        again = resolve(params, facts, result.registry)
+        told, now = (json.loads(plan_json(p, result.registry)) for p in (plan, again))
+        if told != now:
+            step.problems.append(
+                f"a second plan is another one ({difference(told, now)}), so `dvc repro` would never find it "
+                "unchanged: keep times, random numbers and counters out of it"
+            )
     return plan
 
 

@@ -137,6 +137,12 @@ def test_two_hooks_that_raise_are_both_reported(mine: Callable) -> None:
     assert f"{FILE}:10: on_train_end() failed: IndexError" in output
 
 
+def test_a_plan_that_is_another_each_time(mine: Callable) -> None:
+    body = "@hookimpl\ndef adjust_plan(self, plan):\n    import uuid\n    plan.notes.append(uuid.uuid4().hex)"
+    result = mine(body)
+    assert result.exit_code == 3 and "a second plan is another one (notes" in result.output, result.output
+
+
 def test_loss_that_is_no_number(mine: Callable) -> None:
     body = (
         "@hookimpl\ndef prepare_model(self, build):\n"
