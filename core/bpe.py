@@ -43,7 +43,7 @@ SLICE = 1 << 14
 BLANKS = [c for c in map(chr, range(0x3001)) if c.isspace() and c not in " \r\n"]
 _cut_words = re.compile(r" (?<=[\S\r\n] )").split
 
-# SPLIT where all is ASCII, for `re`, which takes a quarter of the time that `regex` does.
+# SPLIT where all is ASCII, for `re`, which is faster than `regex`.
 _ascii_pieces = re.compile(
     SPLIT.replace(r"\p{L}", "a-zA-Z").replace(r"\p{M}", "").replace(r"\p{N}", r"\d"), re.ASCII
 ).findall

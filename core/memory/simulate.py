@@ -283,13 +283,14 @@ def cuda_semantics(cuda: bool, capability: tuple[int, int] = (8, 0)) -> Iterator
 @contextlib.contextmanager
 def own_garbage() -> Iterator[None]:
     """What was there before is out of the garbage collector's sight, which makes a look at the rest fast."""
-    frozen = gc.get_freeze_count()
+    if gc.get_freeze_count():  # by import_uncollected: what came since is little
+        yield
+        return
     gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
