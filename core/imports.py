@@ -1,28 +1,27 @@
-"""Importing what takes seconds."""
+"""Importing torch, which takes seconds."""
 
 from __future__ import annotations
 
 import gc
-import importlib
 import sys
 
-TRAINING = ("torch", "accelerate", "torch._dynamo")
-"""What a training step needs; torch._dynamo because every optimizer of torch imports it, and fake tensors do."""
 
+def import_torch(training: bool) -> None:
+    """Import torch with the garbage collector off, and keep all there is by then out of its sight.
 
-def import_uncollected(*names: str) -> None:
-    """Import modules with the garbage collector off, and keep all there is by then out of its sight.
-
-    torch and torch._dynamo make a million objects that stay, which it would look at again and again, and once more at
-    the end: 2.9 seconds for those two, without it 1.8 (docs/lab-log.md).
+    torch makes a million objects that stay, which it would look at again and again, and once more at the end: with
+    torch._dynamo 2.9 seconds, without that 1.8 (docs/lab-log.md). training: with what a training step imports anyway.
     """
-    if all(name in sys.modules for name in names):
+    if ("torch._dynamo" if training else "torch") in sys.modules:
         return
     collects = gc.isenabled()
     gc.disable()
     try:
-        for name in names:
-            importlib.import_module(name)
+        import torch
+
+        if training:
+            import accelerate  # noqa: F401
+            import torch._dynamo  # noqa: F401 - every optimizer of torch needs it, and fake tensors do
     finally:
         gc.freeze()
         if collects:

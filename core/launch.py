@@ -18,7 +18,7 @@ from core.faults import point
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
 from core.hardware import read_facts, usable_cores
 from core.hookspecs import Plan
-from core.imports import TRAINING, import_uncollected
+from core.imports import import_torch
 from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
@@ -89,7 +89,7 @@ def _lead(
     if plan.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & os.environ.keys():
         launch_processes(project, plan, fresh)
         return
-    import_uncollected(*TRAINING)
+    import_torch(training=True)
     from core.trainer import train
 
     run = the_run(project, document)
@@ -111,7 +111,7 @@ def _lead(
 def _follow(project: Project, echo: Callable[[str], None], stop: Stop) -> None:
     """One of the other processes."""
     plan, document = planned(project)
-    import_uncollected(*TRAINING)
+    import_torch(training=True)
     from core.trainer import train
 
     train(project, plan, the_run(project, document), echo, stop)

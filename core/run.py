@@ -22,7 +22,7 @@ from typing import Any
 from core.checkpoint import Damaged, verified_header, write_tensors
 from core.errors import Stopped, UserError
 from core.files import copy_folder, new_folder, read_json, remove_folder, write_json
-from core.imports import import_uncollected
+from core.imports import import_torch
 from core.model_config import ModelConfig
 from core.plan import recipe_strategies
 from core.project import Project
@@ -202,7 +202,7 @@ def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     Raises UserError where it is missing, damaged, or holds other parameters than its config says.
     """
-    import_uncollected("torch")
+    import_torch(training=False)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from core.hookspecs import Plan
-from core.imports import TRAINING, import_uncollected
+from core.imports import import_torch
 from core.memory.deepen import SHALLOW, deepen
 from core.memory.tape import Tape
 from core.params import Params
@@ -46,7 +46,7 @@ def run_step(
     micro_batch: None takes a prime, so that the tape plays for every micro-batch; a number gives a tape of constant
     sizes, exact for that one. fake: False runs on real CPU tensors, which takes the memory and the time it takes.
     """
-    import_uncollected(*TRAINING)
+    import_torch(training=True)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -283,7 +283,7 @@ def cuda_semantics(cuda: bool, capability: tuple[int, int] = (8, 0)) -> Iterator
 @contextlib.contextmanager
 def own_garbage() -> Iterator[None]:
     """What was there before is out of the garbage collector's sight, which makes a look at the rest fast."""
-    if gc.get_freeze_count():  # by import_uncollected: what came since is little
+    if gc.get_freeze_count():  # by import_torch: what came since is little
         yield
         return
     gc.freeze()

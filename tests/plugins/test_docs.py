@@ -95,7 +95,7 @@ def test_attributes_of_build() -> None:
 
 def test_versions_variables_and_messages_are_the_real_ones() -> None:
     assert f"PLUGIN_API = {API_VERSION}" in TEXT
-    names = ("plugins.py", "plan.py", "plugin_guard.py")
+    names = ("plugins.py", "plan.py", "plugin_guard.py", "plugin_check.py")
     source = "".join((REPO / "core" / name).read_text(encoding="utf-8") for name in names)
     table = TEXT.split("| it says |")[1].split("\n\n")[0]
     said = [
