@@ -99,8 +99,14 @@ def count_pieces(texts: Iterable[str]) -> Counter[str]:
             part = text[start : start + SLICE]
             start += len(part)
             cut = _words(part)
-            if start < len(text) and len(cut[-1]) + 1 < len(part):  # perhaps half a word
-                start -= len(cut.pop()) + 1  # it begins the next slice, with its space
+            if start < len(text):  # the slice may end within a piece, which then begins the next one
+                whole = part.rstrip("\r\n")
+                line = max(whole.rfind("\n"), whole.rfind("\r")) + 1
+                if len(cut[-1]) + 1 < len(part):
+                    start -= len(cut.pop()) + 1  # from its space on
+                elif line:
+                    start -= len(part) - line
+                    cut = [part[:line]]
             _add(cut.pop(0), 1, pieces)
             if cut:  # the last one may end in a blank, which no other word's space may follow
                 _add(" " + cut.pop(), 1, pieces)

@@ -146,7 +146,7 @@ class _Digest:
         self.ended = False
         self.hash = hashlib.sha256()
         self.error: Exception | None = None
-        with contextlib.suppress(RuntimeError):  # can't start new thread
+        with contextlib.suppress(RuntimeError, MemoryError):
             _thread.start_new_thread(self._work, ())
 
     def __enter__(self) -> _Digest:
@@ -170,8 +170,10 @@ class _Digest:
 
     def feed(self, piece: Any) -> None:
         if self.pieces.full() and self.working.acquire(blocking=False):
-            self._take()
-            self.working.release()
+            try:
+                self._take()
+            finally:
+                self.working.release()
         self.pieces.put(piece)
 
     def end(self) -> str:

@@ -65,8 +65,9 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
     if temperature == 0:
         return int(logits.argmax())
-    # The likeliest first, and no others: drawing looks at every one that is left.
-    logits, ids = logits.topk(min(top_k or logits.numel(), logits.numel()))
+    ids = torch.arange(logits.numel())
+    if top_k or top_p < 1.0:  # the likeliest first, and only those that may be drawn
+        logits, ids = logits.topk(min(top_k or logits.numel(), logits.numel()))
     probabilities = (logits / temperature).softmax(0)
     if top_p < 1.0:
         # A token stays while the likelier ones before it have not reached top_p together; the first always stays.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import reprlib
 import subprocess
 import sys
 import tempfile
@@ -23,25 +22,12 @@ from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
-from core.run import Run, fingerprint, identity
+from core.run import Run, differences, fingerprint, identity
 from core.stop import LAUNCHED, Stop
 from core.tokens import TokenShards
 from core.unchanged import unchanged
 
 CURVE_ROWS = 1000
-
-
-def difference(old: Any, new: Any, key: str = "") -> str:
-    """The first place where two JSON documents differ, and how."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                return difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            if a != b:
-                return difference(a, b, f"{key}[{i}]")
-    return f"{key} was {reprlib.repr(old)} and is {reprlib.repr(new)} now"
 
 
 def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
@@ -58,7 +44,7 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     if LAUNCHED not in os.environ and now != written:
         raise UserError(
             "reports/plan.json does not match params.yaml, the plugins and this machine any more "
-            f"({difference(written, now)}): run `python -m stages.env_check` (or `dvc repro`)"
+            f"({differences(written, now)[0]}): run `python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
     # torch then counts the cards as the driver and env-check do

@@ -105,11 +105,12 @@ def to_autocast(x: Tensor) -> Tensor:
 
 
 def takes_apart(x: Tensor) -> bool:
-    """Whether torch takes rms_norm apart here, and keeps what each part read: only a card has a kernel for it.
+    """Whether torch takes rms_norm apart here, since only a card has a kernel for it; a compiler makes its own.
 
-    A compiler makes its own; without gradients nothing is kept, and torch's parts do as well.
+    A token alone, as generation has it, is too little to gain from fewer passes. x: [B, T, …].
     """
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    alone = x.shape[1] == 1 and not torch.is_grad_enabled()
+    return x.device.type == "cpu" and not alone and not torch.compiler.is_compiling()
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from typing import Any
 from core.errors import PluginError, TightfitError, UserError, did_you_mean
 from core.hardware import OPTIONAL_MODULES, choose_profile, read_facts
 from core.hookspecs import GIB, Build, Facts, Gpu, HardwareProfile, Plan, Strategy
-from core.launch import difference
 from core.params import HardwareParams, Params, StrategyChoice
 from core.plan import load_state, plan_json, resolve, runtime, saved_state
 from core.plugin_guard import HookError
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
 from core.project import Project
+from core.run import differences
 
 STEPS = 10
 SAME_LOSS = 1e-3
@@ -215,8 +215,8 @@ def _plan(result: Check, project: Project, hardware: HardwareParams, facts: Fact
         told, now = (json.loads(plan_json(p, result.registry)) for p in (plan, again))
         if told != now:
             step.problems.append(
-                f"a second plan is another one ({difference(told, now)}), so `dvc repro` would never find it "
-                "unchanged: keep times, random numbers and counters out of it"
+                f"a second plan is another one ({differences(told, now)[0]}), and `dvc repro` would begin anew with "
+                "every plan: keep times, random numbers and counters out of it"
             )
     return plan
 

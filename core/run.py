@@ -69,6 +69,9 @@ def differences(theirs: Any, ours: Any, at: str = "") -> list[str]:
             for key in sorted({*theirs, *ours})
             for line in differences(theirs.get(key), ours.get(key), f"{at}.{key}" if at else key)
         ]
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = enumerate(zip(theirs, ours, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{at}[{i}]")]
     return [] if theirs == ours else [f"{at} is {_short(theirs)}, not {_short(ours)}"]
 
 

@@ -7,7 +7,6 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from core.launch import difference
 from stages.train import main
 
 
@@ -64,15 +63,3 @@ def test_full_disk_exits_4_and_keeps_the_last_model(ready, monkeypatch):
     assert "No space left" in result.output and "Traceback" not in result.output
     assert (project.final_model / "model.safetensors").read_bytes() == before
     assert not list(project.root.rglob(".*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("new", "words"),
-    [
-        ({"a": {"b": 1, "c": [1, 3]}}, "a.c[1] was 2 and is 3 now"),
-        ({"a": {"b": 1, "c": [1]}}, "a.c was [1, 2] and is [1] now"),
-        ({"a": {"b": 1, "c": [1, 2], "d": "x"}}, "a.d was None and is 'x' now"),
-    ],
-)
-def test_what_does_not_match_is_named(new, words):
-    assert difference({"a": {"b": 1, "c": [1, 2]}}, new) == words

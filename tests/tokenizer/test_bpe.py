@@ -55,12 +55,12 @@ def slow_train(texts, vocab_size):
 
 
 def slices(text):
-    """Parts of at most SLICE characters, each cut before the last space after a word or line end, if there is one."""
+    """Parts of at most SLICE characters, cut before the last space after a word or line end, or after a line end."""
     while len(text) > bpe.SLICE:
-        spaces = (i for i in range(1, bpe.SLICE) if text[i] == " ")
-        end = max(
-            (i for i in spaces if text[i - 1] in "\r\n" or not text[i - 1].isspace()), default=bpe.SLICE
-        )
+        places = [(i, *text[i - 1 : i + 1]) for i in range(1, bpe.SLICE)]
+        spaces = [i for i, a, b in places if b == " " and (a in "\r\n" or not a.isspace())]
+        lines = [i for i, a, b in places if a in "\r\n" and b not in "\r\n"]
+        end = max(spaces or lines or [bpe.SLICE])
         yield text[:end]
         text = text[end:]
     yield text
@@ -112,8 +112,9 @@ def test_equals_the_definition_on_random_texts(name, monkeypatch):
         assert bpe.train(texts, 290) == slow_train(texts, 290)
 
 
-def test_slices_cut_no_word(monkeypatch):
-    text = sample_text(2_000, seed=3)
+@pytest.mark.parametrize("between", [" ", "\n", "\r\n"])
+def test_slices_cut_no_word(monkeypatch, between):
+    text = sample_text(2_000, seed=3).replace(" ", between)
     whole = bpe.count_pieces([text])
     monkeypatch.setattr(bpe, "SLICE", 100)
     assert bpe.count_pieces([text]) == whole

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from core.errors import Stopped, UserError
 from core.launch import planned, run_training
-from core.run import Run, code_sha256, load_model
+from core.run import Run, code_sha256, differences, load_model
 from core.trainer import Budget, build_training, check_first_loss, make_accelerator, optimizer_step
 
 
@@ -214,12 +214,25 @@ def test_corpus_shorter_than_a_context(ready):
         run(project)
 
 
+@pytest.mark.parametrize(
+    ("ours", "told"),
+    [
+        ({"a": {"b": 1, "c": [1, 2]}}, []),
+        ({"a": {"b": 1, "c": [1, 3]}}, ["a.c[1] is 2, not 3"]),
+        ({"a": {"b": 2, "c": [1]}}, ["a.b is 1, not 2", "a.c is [1, 2], not [1]"]),
+        ({"a": {"b": 1, "c": [1, 2], "d": "x"}}, ["a.d is None, not x"]),
+    ],
+)
+def test_where_documents_differ_is_named(ours, told):
+    assert differences({"a": {"b": 1, "c": [1, 2]}}, ours) == told
+
+
 def test_stale_plan_is_refused(ready):
     project = ready()
     plan = json.loads(project.plan.read_text(encoding="utf-8"))
     plan["execution"]["micro_batch"] = 1
     project.plan.write_text(json.dumps(plan), encoding="utf-8")
-    with pytest.raises(UserError, match="does not match"):
+    with pytest.raises(UserError, match=r"does not match .*\(execution.micro_batch is 1, not \d+\)"):
         run(project)
 
 
