@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
+from core.garbage import uncollected
+
 # How text is cut before merging; merges never cross a cut. Every character fits one alternative, so nothing is lost.
 # No lookaround: the engines then need no backtracking and no stack, however long a run is.
 # Held-out bytes per token with 8,192 ids, beside the plainer cut into words, marks, newlines and single blanks:
@@ -49,6 +51,7 @@ _ascii_pieces = re.compile(
 ).findall
 
 
+@uncollected()  # there are many lists and no cycles
 def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Return {token bytes: id}, ids 0 … n-1 with the 256 bytes first: what tiktoken calls mergeable ranks.
 

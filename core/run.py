@@ -22,7 +22,7 @@ from typing import Any
 from core.checkpoint import Damaged, verified_header, write_tensors
 from core.errors import Stopped, UserError
 from core.files import copy_folder, new_folder, read_json, remove_folder, write_json
-from core.imports import import_torch
+from core.garbage import import_torch
 from core.model_config import ModelConfig
 from core.plan import recipe_strategies
 from core.project import Project

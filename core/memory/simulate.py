@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from core.hookspecs import Plan
-from core.imports import import_torch
+from core.garbage import import_torch
 from core.memory.deepen import SHALLOW, deepen
 from core.memory.tape import Tape
 from core.params import Params
