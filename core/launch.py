@@ -15,9 +15,9 @@ from typing import Any
 from core.errors import Stopped, TightfitError, UserError
 from core.faults import point
 from core.files import copy_folder, new_folder, read_json, write_json, write_text
+from core.garbage import import_torch
 from core.hardware import read_facts, usable_cores
 from core.hookspecs import Plan
-from core.garbage import import_torch
 from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry

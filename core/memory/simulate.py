@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from core.hookspecs import Plan
 from core.garbage import import_torch
+from core.hookspecs import Plan
 from core.memory.deepen import SHALLOW, deepen
 from core.memory.tape import Tape
 from core.params import Params
