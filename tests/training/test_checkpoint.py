@@ -228,7 +228,6 @@ def refused(*args: Any) -> int:
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("waiting", [0, 4])
 def without_memory(*args: Any) -> int:
     raise MemoryError
 
@@ -237,6 +236,7 @@ def died_before_it_began(*args: Any) -> int:  # python/cpython#140746
     return 0
 
 
+@pytest.mark.parametrize("waiting", [0, 4])
 @pytest.mark.parametrize("start", [refused, without_memory, died_before_it_began])
 def test_without_memory_for_a_thread_the_checksum_is_made_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any, waiting: int
