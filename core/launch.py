@@ -22,7 +22,7 @@ from core.memory.forecast import Forecaster
 from core.plan import apply_env, plan_json, resolve
 from core.plugins import Registry
 from core.project import Project
-from core.run import Run, differences, fingerprint, identity
+from core.run import Run, fingerprint, first_difference, identity
 from core.stop import LAUNCHED, Stop
 from core.tokens import TokenShards
 from core.unchanged import unchanged
@@ -44,7 +44,7 @@ def planned(project: Project) -> tuple[Plan, dict[str, Any]]:
     if LAUNCHED not in os.environ and now != written:
         raise UserError(
             "reports/plan.json does not match params.yaml, the plugins and this machine any more "
-            f"({differences(written, now)[0]}): run `python -m stages.env_check` (or `dvc repro`)"
+            f"({first_difference(written, now)}): run `python -m stages.env_check` (or `dvc repro`)"
         )
     apply_env(plan)
     # torch then counts the cards as the driver and env-check do

@@ -27,7 +27,7 @@ from core.plan import load_state, plan_json, resolve, runtime, saved_state
 from core.plugin_guard import HookError
 from core.plugins import DISABLE_VARIABLE, Plugin, Registry
 from core.project import Project
-from core.run import differences
+from core.run import first_difference
 
 STEPS = 10
 SAME_LOSS = 1e-3
@@ -215,7 +215,7 @@ def _plan(result: Check, project: Project, hardware: HardwareParams, facts: Fact
         told, now = (json.loads(plan_json(p, result.registry)) for p in (plan, again))
         if told != now:
             step.problems.append(
-                f"a second plan is another one ({differences(told, now)[0]}), and `dvc repro` would begin anew with "
+                f"a second plan is another one ({first_difference(told, now)}), and `dvc repro` would begin anew with "
                 "every plan: keep times, random numbers and counters out of it"
             )
     return plan

@@ -75,6 +75,11 @@ def differences(theirs: Any, ours: Any, at: str = "") -> list[str]:
     return [] if theirs == ours else [f"{at} is {_short(theirs)}, not {_short(ours)}"]
 
 
+def first_difference(theirs: Any, ours: Any) -> str:
+    """Of documents that are not equal. `differences` takes a missing key for null, so it may find none."""
+    return next(iter(differences(theirs, ours)), "a key that is null is missing in one of them")
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -236,6 +236,14 @@ def test_stale_plan_is_refused(ready):
         run(project)
 
 
+def test_stale_plan_with_one_more_null_is_refused(ready):
+    project = ready()
+    plan = json.loads(project.plan.read_text(encoding="utf-8"))
+    project.plan.write_text(json.dumps({**plan, "of_another_version": None}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not match .*\(a key that is null"):
+        run(project)
+
+
 def test_two_processes_train_the_same_model(ready):
     one = ready("one", train={"max_steps": 4})
     run(one)
