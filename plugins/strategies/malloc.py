@@ -6,7 +6,7 @@ Otherwise each large tensor of each step is mapped anew, and every page of it ze
 from core.hookspecs import Phase, Strategy, hookimpl
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
-KEPT, FROM_HEAP = 2**31 - 1, 1 << 25  # bytes: as many as an int holds; what is larger is mapped all the same
+NEVER, FROM_HEAP = -1, 1 << 25  # bytes; what is larger is mapped all the same
 
 
 class Malloc(Strategy):
@@ -26,7 +26,7 @@ class Malloc(Strategy):
         import ctypes
 
         mallopt = None if build.simulated else ctypes.CDLL(None).mallopt
-        if mallopt and not (mallopt(M_MMAP_THRESHOLD, FROM_HEAP) and mallopt(M_TRIM_THRESHOLD, KEPT)):
+        if mallopt and not (mallopt(M_MMAP_THRESHOLD, FROM_HEAP) and mallopt(M_TRIM_THRESHOLD, NEVER)):
             build.say("note: malloc: this C library refuses the setting; memory is handed back as before")
 
 
