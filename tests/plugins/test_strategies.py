@@ -191,7 +191,7 @@ def test_threads_spin_less_on_a_cpu_only(tmp_path: Path, registry: Registry) -> 
 def test_malloc_is_told_to_keep_memory_and_says_where_it_will_not(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, simulated: bool, answer: int
 ) -> None:
-    import torch  # before libraries are loaded in another way
+    import torch  # it calls ctypes.CDLL, too
 
     told: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda *setting: told.append(setting) or answer)
